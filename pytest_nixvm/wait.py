@@ -11,9 +11,9 @@ from pytest_nixvm.errors import WaitTimeoutError
 class Deadline:
     """A point in time that several steps share.
 
-        deadline = Deadline(60)                 # seconds from now
-        client.connect(timeout=deadline.remaining())
-        deadline.check("sshd's banner")         # raises when the time is over
+    deadline = Deadline(60)                 # seconds from now
+    client.connect(timeout=deadline.remaining())
+    deadline.check("sshd's banner")         # raises when the time is over
     """
 
     def __init__(self, seconds: float) -> None:
