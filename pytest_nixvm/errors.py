@@ -1,7 +1,7 @@
 """One exception tree.
 
-Everything the plugin raises on purpose is a `NixvmError`, and its text is written for the person who
-reads it in a terminal: what was wrong, where, and what to do. Two branches tell who has to act:
+Everything the plugin raises on purpose is a `NixvmError`, and its text is written for whoever
+reads it in a terminal: what was wrong, where, what to do. Two branches tell who has to act:
 
 * `UserError`: an option, a flake, a missing program. Nothing was tested. The plugin turns it
   into pytest's usage error (exit status 4) without a traceback.

@@ -1,1 +1,1 @@
-""""""
+"""Inside the VM: one room for each channel."""
