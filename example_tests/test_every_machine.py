@@ -24,6 +24,7 @@ def test_no_unit_has_failed(vm):
 
 
 def test_passwords_are_refused_over_ssh(vm):
+    vm.wait_for_unit("sshd.service")
     rules = vm.succeed("sshd -T").splitlines()
 
     assert "passwordauthentication no" in rules
