@@ -21,6 +21,7 @@ class IoThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(_report)
         self._thread = threading.Thread(target=self._main, name="nixvm-io", daemon=True)
         self._thread.start()
 
@@ -44,6 +45,9 @@ class IoThread:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("IoThread.run called from the I/O thread itself")
+        if self.loop.is_closed():
+            coroutine.close()  # or Python would warn that nobody awaited it
+            raise RuntimeError("IoThread.run called after its end")
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, timeout), self.loop)
         try:
             # The loop enforces the time; the margin is for a loop that is busy or dead.
@@ -63,3 +67,9 @@ class IoThread:
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(5)
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # A connection whose end nobody waited for is how a VM ends; everything else is a bug.
+    if not isinstance(context.get("exception"), EOFError | ConnectionError):
+        loop.default_exception_handler(context)
