@@ -176,6 +176,12 @@ class Console(asyncio.Protocol):
                 self._changed.wait(deadline.remaining())
         raise MachineGoneError(f"The serial console closed before it showed {search}.")
 
+    def wait_beyond(self, offset: int, timeout: float) -> bool:
+        """Wait until something was shown after `offset`; return whether it was."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._end > offset or self._closed, timeout)
+            return self._end > offset
+
     async def shown(self, pattern: str | re.Pattern[str], since: int = 0) -> re.Match[str]:
         """`wait_for` for code on the I/O thread, without a limit. Raises `MachineGoneError`."""
         search = _Search(pattern, since)
