@@ -27,6 +27,9 @@ class Progress(Protocol):
     def step(self, title: str) -> Step:
         """Begin a step; the caller ends it with `finish` or `fail`."""
 
+    def close(self) -> None:
+        """Show nothing any more, whatever still runs."""
+
 
 class _SilentStep:
     def update(self, detail: str, done: int | None = None, total: int | None = None) -> None: ...
@@ -42,3 +45,6 @@ class Silent:
     def step(self, title: str) -> Step:  # noqa: ARG002 - the protocol's signature
         """Return a step that nobody sees."""
         return _SilentStep()
+
+    def close(self) -> None:
+        """Do nothing."""

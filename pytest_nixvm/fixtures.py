@@ -1,0 +1,88 @@
+"""The fixtures: a VM, its channels, and the session they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_nixvm.errors import NixvmError
+from pytest_nixvm.run import RUN, fail, marked_machines
+
+if TYPE_CHECKING:
+    from pytest_nixvm.fleet import Fleet
+    from pytest_nixvm.guest.agent import Agent
+    from pytest_nixvm.guest.serial import Serial
+    from pytest_nixvm.guest.ssh import Ssh
+    from pytest_nixvm.machine import Machine
+    from pytest_nixvm.qemu.monitor import Monitor
+
+
+@pytest.fixture(scope="session")
+def nixvm(request: pytest.FixtureRequest) -> Fleet:
+    """The session: `nixvm.machines` is what may be tested, `nixvm.start("name")` boots a VM."""
+    return request.config.stash[RUN].fleet
+
+
+@pytest.fixture(scope="session")
+def nixvm_machine(request: pytest.FixtureRequest) -> str:
+    """The name of the machine that this test runs on."""
+    return str(request.param)
+
+
+@pytest.fixture
+def vm(request: pytest.FixtureRequest, nixvm_machine: str) -> Machine:
+    """The test's machine: booted, ready, shared with others as the isolation says."""
+    return _acquire(request, nixvm_machine)
+
+
+@pytest.fixture
+def machines(request: pytest.FixtureRequest) -> Mapping[str, Machine]:
+    """Several machines by name, each ready: those that the nixvm marker names."""
+    names = marked_machines(request.node)
+    if not names:
+        pytest.fail('The machines fixture needs @pytest.mark.nixvm("NAME", …).', pytrace=False)
+    return {name: _acquire(request, name) for name in names}
+
+
+@pytest.fixture
+def ssh(request: pytest.FixtureRequest, vm: Machine) -> Ssh:
+    """SSH to the test's machine, as the marker's `user` or whoever may log in.
+
+    Where nobody may, the test fails with the reason.
+    """
+    try:
+        connection = vm.ssh_as(request.config.stash[RUN].request(request.node).user)
+        connection.connect()
+    except NixvmError as error:
+        fail(error)
+    return connection
+
+
+@pytest.fixture
+def serial(vm: Machine) -> Serial:
+    """The serial console of the test's machine."""
+    return vm.serial
+
+
+@pytest.fixture
+def agent(vm: Machine) -> Agent:
+    """The guest agent of the test's machine."""
+    return vm.agent
+
+
+@pytest.fixture
+def qmp(vm: Machine) -> Monitor:
+    """QEMU's monitor of the test's machine."""
+    return vm.qmp
+
+
+def _acquire(request: pytest.FixtureRequest, name: str) -> Machine:
+    run = request.config.stash[RUN]
+    if run.problem is not None:
+        pytest.fail(run.problem, pytrace=False)
+    try:
+        return run.acquire(request.node, name)
+    except NixvmError as error:
+        fail(error)

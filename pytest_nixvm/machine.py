@@ -1,0 +1,442 @@
+"""One VM as a test sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pytest_nixvm.errors import (
+    AgentError,
+    CommandFailedError,
+    CommandTimeoutError,
+    MachineError,
+    MachineGoneError,
+    NixvmError,
+    tail,
+)
+from pytest_nixvm.flake.build import VmBuild
+from pytest_nixvm.guest.agent import Agent
+from pytest_nixvm.guest.boot import BootReport, wait_ready
+from pytest_nixvm.guest.console import Console
+from pytest_nixvm.guest.keys import KeyPair
+from pytest_nixvm.guest.result import Command, CommandResult, display
+from pytest_nixvm.guest.serial import Serial
+from pytest_nixvm.guest.ssh import Ssh
+from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
+from pytest_nixvm.guest.systemd import Systemd
+from pytest_nixvm.progress import Progress
+from pytest_nixvm.qemu.launch import LaunchSpec, Qemu, launch
+from pytest_nixvm.qemu.loop import IoThread
+from pytest_nixvm.qemu.monitor import Monitor
+from pytest_nixvm.qemu.supervisor import Supervisor
+from pytest_nixvm.wait import Deadline, poll, timed_out
+
+__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
+
+DEFAULT_TIMEOUT = 900.0
+"""Seconds that the NixOS test driver's verbs wait, here as there."""
+
+
+class Machine:
+    """A VM: its power, its commands, its channels.
+
+        vm.run("hostname")                      # CommandResult
+        vm.succeed("id -un")                    # stdout; raises on another exit status than 0
+        vm.wait_for_unit("sshd.service")
+        vm.ssh.run(["systemctl", "is-active", "sshd"])
+        vm.serial.login("alice", "secret")
+        vm.agent.read_file("/etc/os-release")
+        vm.qmp.execute("query-status")
+
+    The verbs `execute`, `succeed`, `fail`, `wait_for_unit`, `wait_until_succeeds`,
+    `wait_until_fails`, `shutdown`, `reboot`, `crash` and `screenshot` mean what they mean in the
+    NixOS test driver. Every error is a `NixvmError`.
+    """
+
+    def __init__(
+        self,
+        build: VmBuild,
+        spec: LaunchSpec,
+        *,
+        supervisor: Supervisor,
+        io: IoThread,
+        keys: KeyPair,
+        progress: Progress,
+        boot_timeout: float,
+        output: Path,
+    ) -> None:
+        self.name = build.name
+        self.build = build
+        self.spec = spec
+        self.output = output
+        self.boots: list[BootReport] = []
+        self._supervisor = supervisor
+        self._io = io
+        self._keys = keys
+        self._progress = progress
+        self._boot_timeout = boot_timeout
+        self._lock = threading.RLock()
+        self._qemu: Qemu | None = None
+        self._console: Console | None = None
+        self._agent: Agent | None = None
+        self._serial: Serial | None = None
+        self._ssh: dict[str | None, Ssh] = {}
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name} {'up' if self.is_up else 'down'}>"
+
+    # --- power ---------------------------------------------------------------------------------
+
+    @property
+    def is_up(self) -> bool:
+        """Whether QEMU runs and the machine got ready."""
+        return self._qemu is not None and self._qemu.alive and self._agent is not None
+
+    def start(self) -> None:
+        """Power on, on the disk as it was left, and wait until the machine is ready.
+
+        Does nothing when it is up. Raises `QemuError` if QEMU does not start, `BootError` if the
+        machine does not get ready within the boot timeout.
+        """
+        with self._lock:
+            if self.is_up:
+                return
+            self._drop_channels()
+            step = self._progress.step(f"Booting {self.name}")
+            try:
+                deadline = Deadline(self._boot_timeout)
+                self._qemu = launch(
+                    self.spec,
+                    supervisor=self._supervisor,
+                    io=self._io,
+                    timeout=deadline.remaining(),
+                )
+                self._console = Console(self._io, self._qemu.console_socket, self._qemu.console_log)
+                self._console.connect(deadline.remaining(10))
+                agent = Agent(self._io, self._qemu.agent_socket)
+                try:
+                    report = wait_ready(
+                        self._qemu, self._console, agent, timeout=deadline.remaining(), step=step
+                    )
+                except BaseException:
+                    agent.close()
+                    raise
+                self._agent = agent
+            except BaseException as error:
+                step.fail(str(error).splitlines()[0] if isinstance(error, NixvmError) else "")
+                self.kill()
+                raise
+            self._ready(report)
+            step.finish(_summary(report, self.spec))
+
+    def _ready(self, report: BootReport) -> None:
+        self.boots.append(report)
+
+    def shutdown(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Shut the machine down from inside, as `poweroff` does, and wait for its end.
+
+        Raises `WaitTimeoutError` with the console's tail if it still runs after `timeout` seconds.
+        """
+        qemu = self._running()
+        self.agent.shutdown("powerdown")
+        self.wait_for_shutdown(timeout)
+        qemu.kill()
+
+    def wait_for_shutdown(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Wait until the machine has powered itself off."""
+        qemu = self._running()
+        try:
+            qemu.process.wait(timeout)
+        except TimeoutError:
+            raise timed_out(f"{self.name} to shut down", timeout, self._console_tail()) from None
+        self._drop_channels()
+
+    def reboot(self, timeout: float | None = None) -> None:
+        """Reboot from inside and wait until the machine is ready again.
+
+        That it was a reboot is proved by a new boot id. `timeout` in seconds is the boot timeout if
+        it is not given. Raises `BootError`, or `WaitTimeoutError` if the old system does not end.
+        """
+        with self._lock:
+            qemu, console, agent = self._running(), self._console, self.agent
+            if console is None:
+                raise MachineGoneError(f"{self.name} has no console.")
+            deadline = Deadline(timeout or self._boot_timeout)
+            before = self._boot_id()
+            mark, since = qemu.monitor.mark(), console.mark()
+            self._close_ssh()
+            step = self._progress.step(f"Rebooting {self.name}")
+            try:
+                agent.shutdown("reboot")
+                qemu.monitor.wait_event("RESET", timeout=deadline.remaining(), since=mark)
+                report = wait_ready(
+                    qemu, console, agent, timeout=deadline.remaining(), step=step, since=since
+                )
+            except BaseException:
+                step.fail()
+                raise
+            if self._boot_id() == before:
+                step.fail("the boot id is the old one")
+                raise MachineError(f"{self.name} answers after its reset, with the same boot id.")
+            self._ready(report)
+            step.finish(_summary(report, self.spec))
+
+    def _boot_id(self) -> bytes:
+        return self.agent.read_file("/proc/sys/kernel/random/boot_id")
+
+    def crash(self) -> None:
+        """Cut the power: QEMU ends at once, nothing in the guest is told."""
+        self._running()
+        self.kill()
+
+    def kill(self) -> None:
+        """End QEMU and every channel, if there are any. Never raises for a VM that is gone."""
+        with self._lock:
+            qemu, self._qemu = self._qemu, None
+            self._drop_channels()
+            if qemu is not None:
+                qemu.kill()
+
+    def _running(self) -> Qemu:
+        if self._qemu is None:
+            raise MachineGoneError(f"{self.name} is not running; vm.start() starts it.")
+        if not self._qemu.alive:
+            raise MachineGoneError(f"{self.name} is not running: {self._qemu.cause_of_death()}.")
+        return self._qemu
+
+    def _close_ssh(self) -> None:
+        for ssh in self._ssh.values():
+            ssh.close()
+        self._ssh.clear()
+
+    def _drop_channels(self) -> None:
+        self._close_ssh()
+        agent, console = self._agent, self._console
+        self._agent = self._console = self._serial = None
+        if agent is not None:
+            agent.close()
+        if console is not None:
+            console.close()
+
+    def _console_tail(self) -> str:
+        if self._console is None:
+            return ""
+        return "The console's last lines:\n" + self._console.tail(15)
+
+    # --- channels ------------------------------------------------------------------------------
+
+    @property
+    def qmp(self) -> Monitor:
+        """QEMU's monitor: `execute` commands, wait for events."""
+        return self._running().monitor
+
+    @property
+    def agent(self) -> Agent:
+        """The guest agent."""
+        self._running()
+        if self._agent is None:
+            raise MachineGoneError(f"{self.name} has not booted; vm.start() starts it.")
+        return self._agent
+
+    @property
+    def serial(self) -> Serial:
+        """The serial console."""
+        self._running()
+        if self._console is None:
+            raise MachineGoneError(f"{self.name} has not booted; vm.start() starts it.")
+        if self._serial is None:
+            self._serial = Serial(self._console)
+        return self._serial
+
+    @property
+    def ssh(self) -> Ssh:
+        """SSH as whoever the machine's own sshd lets in, root first.
+
+        Raises `SshError` with the reason where nobody may log in with a key.
+        """
+        return self.ssh_as(None)
+
+    def ssh_as(self, user: str | None) -> Ssh:
+        """SSH as `user`; None is whoever may log in, root first. One connection for each user."""
+        qemu, agent = self._running(), self.agent
+        with self._lock:
+            if user not in self._ssh:
+                found = access(agent, user=user)
+                if isinstance(found, SshRefusal):
+                    raise found.error(self.name)
+                install_key(agent, found, self._keys.public_line)
+                self._ssh[user] = Ssh(
+                    agent=agent,
+                    access=found,
+                    keys=self._keys,
+                    port=qemu.forward(found.port),
+                    directory=self.spec.sockets,
+                )
+            return self._ssh[user]
+
+    def forward_port(self, guest_port: int) -> int:
+        """Forward a port of this host's loopback to the guest's TCP port; return the host's."""
+        return self._running().forward(guest_port)
+
+    # --- commands ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: Command,
+        *,
+        check: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+        stdin: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> CommandResult:
+        """Run a command as root (or `user`) and return its result.
+
+        A string goes to the guest's shell, in the environment of a log-in; a sequence is an argv
+        that no shell interprets. With `check` an exit status other than 0 raises
+        `CommandFailedError`. After `timeout` seconds the command is killed with its children and
+        `CommandTimeoutError` raised. It needs neither the network nor sshd.
+        """
+        agent = self.agent
+        argv = agent.shell_argv(command) if isinstance(command, str) else list(command)
+        if cwd is not None:
+            argv = ["env", f"--chdir={cwd}", *argv]
+        if user is not None:
+            argv = ["runuser", "-u", user, "--", *argv]
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        try:
+            result = agent.exec(argv, stdin=data, env=env, timeout=timeout)
+        except CommandTimeoutError as error:
+            raise CommandTimeoutError(
+                f"`{display(command)}` did not end on {self.name} within {timeout:g} s.",
+                command=command,
+                stdout=error.stdout,
+                stderr=error.stderr,
+            ) from None
+        except (AgentError, MachineGoneError):
+            self._running()  # names QEMU's end instead, if that is the cause
+            raise
+        result = replace(result, command=command)
+        return result.check() if check else result
+
+    def execute(
+        self,
+        command: str,
+        check_return: bool = True,
+        check_output: bool = True,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> tuple[int, str]:
+        """Run a shell command with `set -euo pipefail`; return its exit status and stdout.
+
+        The NixOS test driver's verb. Without `check_return` the status is -2 and without
+        `check_output` the output is empty, as there. `timeout` None is a day.
+        """
+        result = self._driver_run(command, timeout)
+        output = result.stdout if check_output else ""
+        return (result.returncode if check_return else -2), output
+
+    def succeed(self, *commands: str, timeout: float | None = None) -> str:
+        """Run shell commands; return their stdout.
+
+        Raises `CommandFailedError` at the first one that fails.
+        """
+        return "".join(self._driver_run(command, timeout).check().stdout for command in commands)
+
+    def fail(self, *commands: str, timeout: float | None = None) -> str:
+        """Run shell commands that must fail; return their stdout. Raises at one that succeeds."""
+        output = ""
+        for command in commands:
+            result = self._driver_run(command, timeout)
+            if result.ok:
+                raise CommandFailedError(
+                    f"`{command}` succeeded on {self.name}, and should have failed.",
+                    command=command,
+                    returncode=0,
+                    stdout=result.stdout,
+                    stderr=result.stderr,
+                )
+            output += result.stdout
+        return output
+
+    def _driver_run(self, command: str, timeout: float | None) -> CommandResult:
+        seconds = DEFAULT_TIMEOUT if timeout is None else timeout
+        result = self.run(f"set -euo pipefail\n{command}", timeout=seconds)
+        return replace(result, command=command)
+
+    # --- waits ---------------------------------------------------------------------------------
+
+    def wait_until_succeeds(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:
+        """Repeat a shell command until it succeeds; return its stdout.
+
+        Raises `WaitTimeoutError` with the last try's status and output after `timeout` seconds.
+        """
+        return self._repeat(command, timeout, wanted=True)
+
+    def wait_until_fails(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:
+        """Repeat a shell command until it fails; return its stdout."""
+        return self._repeat(command, timeout, wanted=False)
+
+    def _repeat(self, command: str, timeout: float, *, wanted: bool) -> str:
+        deadline = Deadline(timeout)
+        last: CommandResult | None = None
+
+        def tried() -> bool:
+            nonlocal last
+            last = self._driver_run(command, max(1.0, deadline.remaining()))
+            return last.ok is wanted
+
+        def saw() -> str:
+            if last is None:
+                return ""
+            text = f"The last try ended with exit status {last.returncode}."
+            for name, stream in (("stdout", last.stdout), ("stderr", last.stderr)):
+                text += f"\n{name}:\n{tail(stream, 15)}" if stream.strip() else ""
+            return text
+
+        goal = f"`{command}` to {'succeed' if wanted else 'fail'} on {self.name}"
+        poll(tried, goal, timeout=timeout, saw=saw)
+        return last.stdout if last is not None else ""
+
+    def wait_for_unit(
+        self, unit: str, user: str | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Wait until a systemd unit is active (of `user`'s own manager, if given).
+
+        Raises `MachineError` at once when the unit can't become active by itself: it has failed,
+        does not exist, or nothing is under way that would start it; `WaitTimeoutError` after
+        `timeout` seconds. Both show the unit's status and the end of its journal.
+        """
+        self.systemd(user).wait_for_unit(unit, timeout)
+
+    def systemd(self, user: str | None = None) -> Systemd:
+        """Return the machine's systemd, or `user`'s own manager."""
+        return Systemd(
+            lambda argv, timeout: self.run(argv, timeout=timeout), where=self.name, user=user
+        )
+
+    def failed_units(self) -> tuple[str, ...]:
+        """Return the names of the units that have failed."""
+        return self.systemd().failed_units()
+
+    # --- screen --------------------------------------------------------------------------------
+
+    def screenshot(self, filename: str | Path) -> Path:
+        """Save the screen as PNG; a relative name is below the machine's output directory.
+
+        Raises `QmpError` if the machine has no display device.
+        """
+        path = self.output / filename
+        if path.suffix != ".png":
+            path = path.with_name(path.name + ".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return self._running().screenshot(path)
+
+
+def _summary(report: BootReport, spec: LaunchSpec) -> str:
+    text = f"{report.state}, {spec.accelerator.name}"
+    if report.failed_units:
+        text += f"; failed units: {', '.join(report.failed_units)}"
+    return text

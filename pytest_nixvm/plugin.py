@@ -1,0 +1,161 @@
+"""pytest's hooks: options, which test runs on which machine, builds before tests, reports.
+
+Order of a run: the settings are read when pytest is configured; the flake's machines are listed
+(one evaluation) when the first test that needs one is collected; what the selected tests need is
+built before the first of them runs; VMs boot when a test asks for one. A mistake of the user's on
+that way is a `pytest.UsageError`: one message, exit status 4, no traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_nixvm.errors import UserError
+from pytest_nixvm.fixtures import agent, machines, nixvm, nixvm_machine, qmp, serial, ssh, vm
+from pytest_nixvm.report import terminal
+from pytest_nixvm.run import RUN, Run
+from pytest_nixvm.settings import OPTIONS, Settings
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
+
+__all__ = ["agent", "machines", "nixvm", "nixvm_machine", "qmp", "serial", "ssh", "vm"]
+
+MARKER = (
+    "nixvm(*machines, isolation=None, memory=None, cores=None, network=None, user=None): run the "
+    "test on these machines of the flake, each in a VM with these properties (memory in MiB); "
+    "user is who the ssh fixture logs in as."
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register every option on the command line and in the ini file."""
+    group = parser.getgroup("nixvm", "NixOS machines in VMs")
+    for option in OPTIONS:
+        if option.values == 0:
+            group.addoption(option.flag, dest=option.ini, action="store_true", help=option.help)
+            parser.addini(option.ini, option.help, default="")
+            continue
+        group.addoption(
+            option.flag,
+            dest=option.ini,
+            action="append" if option.repeat else "store",
+            nargs=option.values if option.values > 1 else None,
+            metavar=option.metavar,
+            help=option.help,
+        )
+        if option.repeat:
+            parser.addini(option.ini, option.help, type="linelist", default=[])
+        else:
+            parser.addini(option.ini, option.help, default="")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the settings; nothing is evaluated yet."""
+    config.addinivalue_line("markers", MARKER)
+    try:
+        ini_directory = config.inipath.parent if config.inipath else config.rootpath
+        settings = Settings.read(config.getoption, config.getini, ini_directory)
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[RUN] = Run(config, settings)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End every VM, also when the session did not come as far as its end."""
+    run = config.stash.get(RUN, None)
+    if run is not None:
+        run.close()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what is tested and how the guests will run."""
+    return terminal.header(config.stash[RUN])
+
+
+# --- collection ----------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for a VM once for each machine it is meant for."""
+    if "nixvm_machine" in metafunc.fixturenames:
+        metafunc.config.stash[RUN].parametrize(metafunc)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of machines that are not selected; stop at mistakes found on the way."""
+    run = config.stash[RUN]
+    gone = [item for item in items if not run.is_selected(item)]
+    if gone:
+        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=gone)
+    run.check(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Build what the selected tests need before the first of them runs."""
+    if not session.config.option.collectonly and not session.testsfailed:
+        session.config.stash[RUN].prepare(session.items)
+    return (yield)
+
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the VMs that no later test shares."""
+    item.config.stash[RUN].leave(item, nextitem)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the console of a failed test's VMs into its report."""
+    report = yield
+    if report.failed:
+        report.sections.extend(item.config.stash[RUN].sections(item))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End every VM; a worker tells the controller what it booted."""
+    run = session.config.stash[RUN]
+    run.close()
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["nixvm"] = run.told()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what was booted, how long that took, and where its output is."""
+    terminal.summary(terminalreporter, config.stash[RUN])
+
+
+# --- xdist: the controller evaluates and builds, its workers are told -----------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tell a worker the flake's machines and the run's output directory."""
+    node.workerinput["nixvm"] = node.config.stash[RUN].for_worker()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: WorkerController, ids: Iterable[str]) -> None:
+    """Build what the collected tests need before a worker starts them."""
+    node.config.stash[RUN].prepare_ids(ids)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController, error: object) -> None:  # noqa: ARG001 - the hook's
+    """Take what a worker booted into the summary."""
+    node.config.stash[RUN].hear(getattr(node, "workeroutput", {}).get("nixvm"))

@@ -1,0 +1,64 @@
+"""What pytest's terminal says of the VMs: a header before the tests, a few lines after them."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_nixvm.errors import UserError
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_nixvm.run import Run
+
+TCG_COST = "software emulation: expect boots of 10 s and more, several times slower than KVM"
+
+
+def header(run: Run) -> list[str]:
+    """Return the header's lines: the flake, how guests run, what Nix needed."""
+    settings = run.settings
+    if settings.flake is None or run.is_worker:
+        return []
+    lines = [f"nixvm: flake {settings.flake}, isolation {settings.isolation}"]
+    lines.append(f"nixvm: accelerator {_accelerator(run)}")
+    with contextlib.suppress(UserError):  # said as a usage error as soon as a test needs it
+        lines += [f"nixvm: {note}" for note in run.fleet.nix.notes]
+    return lines
+
+
+def _accelerator(run: Run) -> str:
+    from pytest_nixvm.qemu.accelerator import choose
+
+    settings = run.settings
+    qemu = shutil.which(f"qemu-system-{platform.machine()}")
+    if qemu is None:
+        return f"{settings.accel} (tried with the first machine's own QEMU)"
+    try:
+        found = choose(Path(qemu), settings.accel, settings.cache)
+    except UserError as error:
+        return f"{settings.accel} ({error})"
+    text = f"{found.name} ({found.reason})"
+    return f"{text}; {TCG_COST}" if found.name == "tcg" else text
+
+
+def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
+    """Write one line for each VM that was booted."""
+    if run.is_worker or not run.booted or reporter.verbosity < 0:
+        return
+    reporter.section("nixvm")
+    for vm in run.booted:
+        steps = []
+        if vm["evaluated"] >= 0.05:
+            steps.append(f"evaluated in {vm['evaluated']:.1f} s")
+        if vm["built"] >= 0.05:
+            steps.append(f"built in {vm['built']:.1f} s")
+        booted = [f"{seconds:.1f} s" for seconds in vm["boots"]]
+        steps.append(f"booted in {', '.join(booted)}" if booted else "did not boot")
+        line = f"{vm['name']} ({vm['accelerator']}): {', '.join(steps)}; output: {vm['output']}"
+        reporter.write_line(line)
+        if vm["failed_units"]:
+            reporter.write_line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)

@@ -1,0 +1,302 @@
+"""One pytest run: its fleet, and which test runs on which machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_nixvm.errors import NixvmError, UserError, tail
+from pytest_nixvm.progress import Progress, Silent
+from pytest_nixvm.settings import MachineRequest, Settings
+
+if TYPE_CHECKING:
+    from pytest_nixvm.fleet import Fleet
+    from pytest_nixvm.machine import Machine
+
+# The rooms below are imported when a test needs them: a pytest run without VMs, in whose process
+# this plugin is as well, should not pay for SSH and QMP.
+
+PARAMETER = "nixvm_machine"
+
+
+class Run:
+    """What the plugin knows of one run; `config.stash[RUN]` has it."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self.config = config
+        self.settings = settings
+        self.booted: list[dict[str, Any]] = []
+        self._problems: list[str] = []
+        self._consoles: dict[Machine, int] = {}
+        self._used: dict[str, list[Machine]] = {}
+        self._told: dict[str, Any] | None = getattr(config, "workerinput", {}).get("nixvm")
+        self._prepared: set[str] = set()
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this process is one of xdist's workers."""
+        return hasattr(self.config, "workerinput")
+
+    @property
+    def is_controller(self) -> bool:
+        """Whether this process hands the tests to xdist's workers."""
+        return self.config.pluginmanager.hasplugin("dsession")
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Where steps are shown: pytest's terminal, whatever is captured meanwhile."""
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        if self.is_worker or reporter is None or self.config.option.verbose < -1:
+            return Silent()
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            # A duplicate, because the capture replaces descriptor 1 while a test runs.
+            stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="replace")
+        from pytest_nixvm.report.progress import TerminalProgress
+
+        return TerminalProgress(stream, live=stream.isatty(), before=reporter.ensure_newline)
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The run's fleet, made when it is first needed."""
+        from pytest_nixvm.flake.flake import MachineInfo
+        from pytest_nixvm.fleet import Fleet
+
+        if self._told is None:
+            return Fleet(self.settings, progress=self.progress)
+        return Fleet(
+            self.settings,
+            progress=self.progress,
+            output=Path(self._told["output"]),
+            known=[MachineInfo(**machine) for machine in self._told["machines"]],
+        )
+
+    def close(self) -> None:
+        """End every VM."""
+        if "fleet" in self.__dict__:
+            if not self.booted:
+                self.booted = [_told(machine) for machine in self.fleet.started]
+            self.fleet.close()
+        if "progress" in self.__dict__:
+            self.progress.close()
+
+    # --- which test runs on which machine --------------------------------------------------------
+
+    def parametrize(self, metafunc: pytest.Metafunc) -> None:
+        """Give a test its machines: the marker's, else every selected one.
+
+        Mistakes are kept for `check`: raised from here they would end in a traceback.
+        """
+        wanted = marked_machines(metafunc.definition)
+        try:
+            every = {machine.name: machine for machine in self.fleet.every_machine}
+            names = wanted or [machine.name for machine in self.fleet.machines]
+        except UserError as error:
+            self._problem(str(error))
+            every, names = {}, []
+        parameters = []
+        for name in names:
+            if name not in every:
+                self._problem(
+                    f"{metafunc.definition.nodeid}: the nixvm marker names {name!r}, which is no "
+                    f"machine of {self.settings.flake}. Its machines: {', '.join(every)}."
+                )
+                continue
+            skip = every[name].skip
+            marks = [pytest.mark.skip(reason=f"{name}: {skip}")] if skip else []
+            parameters.append(pytest.param(name, id=name, marks=marks))
+        metafunc.parametrize(PARAMETER, parameters, indirect=True, scope="session")
+
+    def _problem(self, text: str) -> None:
+        if text not in self._problems:
+            self._problems.append(text)
+
+    def is_selected(self, item: pytest.Item) -> bool:
+        """Whether --nixvm-machine lets a test run that names its machines."""
+        names = item_machines(item)
+        if not names or self._problems or not self.settings.machine:
+            return True
+        try:
+            selected = {machine.name for machine in self.fleet.machines}
+        except UserError as error:
+            self._problem(str(error))
+            return True
+        return selected.issuperset(names)
+
+    def check(self, items: Iterable[pytest.Item]) -> None:
+        """Raise `pytest.UsageError` for the mistakes that were found while collecting."""
+        for item in items:
+            try:
+                names = item_machines(item)
+                if names or item.get_closest_marker("nixvm"):
+                    self.request(item)
+                unknown = [] if not names else self._unknown(names)
+            except UserError as error:
+                self._problem(str(error))
+                continue
+            for name in unknown:
+                self._problem(
+                    f"{item.nodeid}: the nixvm marker names {name!r}, which is no machine of "
+                    f"{self.settings.flake}."
+                )
+        if self._problems and not self.is_worker:
+            raise pytest.UsageError("\n".join(self._problems))
+
+    def _unknown(self, names: Sequence[str]) -> list[str]:
+        every = {machine.name for machine in self.fleet.every_machine}
+        return [name for name in names if name not in every]
+
+    @property
+    def problem(self) -> str | None:
+        """What a worker found wrong while collecting; its tests fail with it."""
+        return "\n".join(self._problems) or None
+
+    def request(self, item: pytest.Item) -> MachineRequest:
+        """Return what a test asks of its VM. Raises `SettingsError`."""
+        keywords: dict[str, object] = {}
+        for marker in reversed(list(item.iter_markers("nixvm"))):
+            keywords.update(marker.kwargs)
+        return MachineRequest.read(keywords, self.settings, item.nodeid)
+
+    # --- before the tests ------------------------------------------------------------------------
+
+    def prepare(self, items: Sequence[pytest.Item]) -> None:
+        """Build what these tests need. Raises `pytest.UsageError`."""
+        if self.is_worker or self.is_controller:
+            return
+        needed = dict.fromkeys(
+            name
+            for item in items
+            if item.get_closest_marker("skip") is None
+            for name in item_machines(item)
+        )
+        self._prepare(needed)
+
+    def prepare_ids(self, ids: Iterable[str]) -> None:
+        """Build what the tests of these node ids need; only the controller has no more than ids."""
+        text = "\n".join(ids)
+        testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
+        self._prepare(
+            name for name in testable if re.search(rf"[\[+-]{re.escape(name)}[\]+-]", text)
+        )
+
+    def _prepare(self, names: Iterable[str]) -> None:
+        try:
+            for name in names:
+                if name not in self._prepared:
+                    self._prepared.add(name)
+                    self.fleet.prepare(name)
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    # --- around each test ------------------------------------------------------------------------
+
+    def acquire(self, item: pytest.Item, name: str) -> Machine:
+        """Return the VM that a test shares with others of its isolation."""
+        request = self.request(item)
+        machine = self.fleet.acquire(name, request, scope(item, request))
+        self.used(item, machine)
+        return machine
+
+    def used(self, item: pytest.Item, machine: Machine) -> None:
+        """Take note that a test uses a machine: its console goes into the report of a failure."""
+        machines = self._used.setdefault(item.nodeid, [])
+        if machine not in machines:
+            machines.append(machine)
+
+    def leave(self, item: pytest.Item, following: pytest.Item | None) -> None:
+        """End the VMs that were shared by the tests of a module that is over."""
+        self._used.pop(item.nodeid, None)
+        if "fleet" not in self.__dict__:
+            return
+        module = module_of(item)
+        if following is None or module_of(following) != module:
+            self.fleet.release(module)
+
+    def sections(self, item: pytest.Item) -> list[tuple[str, str]]:
+        """Return the report sections of a failed test: the consoles of its VMs."""
+        sections = []
+        for machine in self._used.get(item.nodeid, []):
+            log = machine.spec.console_log
+            text = log.read_text("utf-8", "replace") if log.exists() else ""
+            body = f"{tail(text, 15)}\n(all of it: {log})"
+            sections.append((f"Captured console of {machine.name}", body))
+        return sections
+
+    # --- xdist -----------------------------------------------------------------------------------
+
+    def for_worker(self) -> dict[str, Any] | None:
+        """Return what a worker is told: None when there is no flake to evaluate."""
+        if self.settings.flake is None:
+            return None
+        try:
+            machines = [asdict(machine) for machine in self.fleet.every_machine]
+            _ = self.fleet.machines
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from error
+        return {"machines": machines, "output": str(self.fleet.output)}
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return what a worker tells the controller at its end."""
+        return self.booted
+
+    def hear(self, told: list[dict[str, Any]] | None) -> None:
+        """Take a worker's tale into this run's."""
+        self.booted.extend(told or [])
+
+
+RUN = pytest.StashKey[Run]()
+
+
+def marked_machines(node: pytest.Item) -> list[str]:
+    """Return the machines that the closest nixvm marker with names names."""
+    for marker in node.iter_markers("nixvm"):
+        if marker.args:
+            return [str(name) for name in marker.args]
+    return []
+
+
+def item_machines(item: pytest.Item) -> list[str]:
+    """Return the machines that a test will run on: its parameter, or those of `machines`."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is not None and PARAMETER in callspec.params:
+        return [callspec.params[PARAMETER]]
+    if "machines" in getattr(item, "fixturenames", ()):
+        return marked_machines(item)
+    return []
+
+
+def module_of(item: pytest.Item) -> str:
+    """Return the node id of a test's module."""
+    module = item.getparent(pytest.Module)
+    return item.nodeid if module is None else module.nodeid
+
+
+def scope(item: pytest.Item, request: MachineRequest) -> str:
+    """Return the name under which tests share a VM."""
+    return module_of(item) if request.isolation == "module" else "session"
+
+
+def _told(machine: Machine) -> dict[str, Any]:
+    return {
+        "name": machine.name,
+        "accelerator": machine.spec.accelerator.name,
+        "evaluated": machine.build.evaluated,
+        "built": machine.build.built,
+        "boots": [boot.seconds for boot in machine.boots],
+        "failed_units": [unit for boot in machine.boots[-1:] for unit in boot.failed_units],
+        "output": str(machine.output),
+    }
+
+
+def fail(error: NixvmError) -> NoReturn:
+    """Fail a fixture with an error's own text: what was wrong is said there, not in our code."""
+    pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)

@@ -1,0 +1,307 @@
+"""Command line and ini, checked once, as one frozen value.
+
+The options are data (`OPTIONS`): the plugin registers each on the command line as `--nixvm-NAME`
+and in the ini file as `nixvm_name`; the command line wins. What is wrong with a value is said
+here, with the place it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import platformdirs
+
+from pytest_nixvm.errors import SettingsError
+
+Isolation = Literal["module", "session"]
+Network = Literal["isolated", "nat"]
+
+ISOLATIONS = ("module", "session")
+NETWORKS = ("isolated", "nat")
+ACCELERATORS = ("auto", "kvm", "tcg")
+DEFAULT_BOOT_TIMEOUT = 300.0
+"""Seconds from QEMU's start to a settled system; a large NixOS host under TCG needs minutes."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as the user sees it. `values` is how many words it takes; 0 is a flag."""
+
+    name: str
+    metavar: str | tuple[str, ...]
+    help: str
+    values: int = 1
+    repeat: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The command line's spelling."""
+        return f"--nixvm-{self.name}"
+
+    @property
+    def ini(self) -> str:
+        """The ini file's spelling, also where argparse keeps the value."""
+        return "nixvm_" + self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option("flake", "REF[#ATTR]", "the flake whose machines are tested: ., a path, github:…"),
+    Option("machine", "GLOB", "test only the machines whose name matches", repeat=True),
+    Option(
+        "override-input",
+        ("NAME", "REF"),
+        "use REF for the flake's input NAME, as nix does",
+        values=2,
+        repeat=True,
+    ),
+    Option(
+        "nix-option",
+        ("NAME", "VALUE"),
+        "set a Nix option for every nix call",
+        values=2,
+        repeat=True,
+    ),
+    Option("isolation", "|".join(ISOLATIONS), "how long tests share a VM (default: session)"),
+    Option("accel", "|".join(ACCELERATORS), "how QEMU runs the guest (default: auto)"),
+    Option("memory", "MIB", "the VMs' memory, instead of what they configure"),
+    Option("cores", "N", "the VMs' processors, instead of what they configure"),
+    Option(
+        "boot-timeout",
+        "SECONDS",
+        f"from QEMU's start to settled units (default: {DEFAULT_BOOT_TIMEOUT:g})",
+    ),
+    Option(
+        "network",
+        "|".join(NETWORKS),
+        "what a VM reaches: nothing, or everything that this machine reaches (default: isolated)",
+    ),
+    Option("output", "DIR", "where consoles and build logs are kept (default: below the cache)"),
+    Option("cache", "DIR", "where evaluations, results and scratch disks live (default: per user)"),
+    Option("offline", "", "let Nix download nothing", values=0),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, valid. `None` means: as the machine configures it."""
+
+    flake: str | None
+    machine: tuple[str, ...]
+    override_input: tuple[tuple[str, str], ...]
+    nix_option: tuple[tuple[str, str], ...]
+    isolation: Isolation
+    accel: Literal["auto", "kvm", "tcg"]
+    memory: int | None
+    cores: int | None
+    boot_timeout: float
+    network: Network
+    output: Path | None
+    cache: Path
+    offline: bool
+
+    @classmethod
+    def make(cls, **options: object) -> Settings:
+        """Make settings from keyword arguments: the options' names, with underscores.
+
+        What is not given has the command line's default. Raises `SettingsError`.
+        """
+        names = {option.ini.removeprefix("nixvm_") for option in OPTIONS}
+        for name in options:
+            if name not in names:
+                raise SettingsError(f"There is no setting {name!r}; there are {sorted(names)}.")
+        return cls.read(lambda ini: options.get(ini.removeprefix("nixvm_")), lambda _: None)
+
+    @classmethod
+    def read(
+        cls,
+        command_line: Callable[[str], object],
+        ini: Callable[[str], object],
+        ini_directory: Path | None = None,
+    ) -> Settings:
+        """Read every option, from the command line first, then from the ini file.
+
+        Both callables take `Option.ini` and return what they have, None or something empty where
+        the user said nothing. Paths on the command line start in the current directory, paths in
+        the ini file in `ini_directory`. Raises `SettingsError`.
+        """
+        reader = _Reader(command_line, ini, ini_directory or Path.cwd())
+        return cls(
+            flake=reader.reference("flake"),
+            machine=tuple(reader.words("machine")),
+            override_input=reader.references("override-input"),
+            nix_option=reader.pairs("nix-option"),
+            isolation=cast(Isolation, reader.one_of("isolation", ISOLATIONS, "session")),
+            accel=cast(
+                'Literal["auto", "kvm", "tcg"]', reader.one_of("accel", ACCELERATORS, "auto")
+            ),
+            memory=reader.whole("memory"),
+            cores=reader.whole("cores"),
+            boot_timeout=reader.seconds("boot-timeout", DEFAULT_BOOT_TIMEOUT),
+            network=cast(Network, reader.one_of("network", NETWORKS, "isolated")),
+            output=reader.path("output"),
+            cache=reader.path("cache") or platformdirs.user_cache_path("pytest-nixvm"),
+            offline=reader.yes("offline"),
+        )
+
+
+@dataclass(frozen=True)
+class MachineRequest:
+    """What one test asks of its machine: the `nixvm` marker's arguments over the settings."""
+
+    isolation: Isolation
+    memory: int | None
+    cores: int | None
+    network: Network
+    user: str | None = None
+
+    @classmethod
+    def read(cls, keywords: dict[str, object], settings: Settings, where: str) -> MachineRequest:
+        """Check a marker's keyword arguments; `where` names the test. Raises `SettingsError`."""
+        known = ("isolation", "memory", "cores", "network", "user")
+        for name in keywords:
+            if name not in known:
+                raise SettingsError(
+                    f"{where}: the nixvm marker knows no argument {name!r}; "
+                    f"it takes {', '.join(known)}."
+                )
+        place = f"{where}: the nixvm marker's "
+        isolation = keywords.get("isolation", settings.isolation)
+        network = keywords.get("network", settings.network)
+        memory = keywords.get("memory", settings.memory)
+        cores = keywords.get("cores", settings.cores)
+        user = keywords.get("user")
+        if user is not None and not isinstance(user, str):
+            raise SettingsError(f"{place}user must be a user's name, not {user!r}.")
+        return cls(
+            isolation=cast(Isolation, _one_of(isolation, ISOLATIONS, place + "isolation")),
+            memory=None if memory is None else _whole(memory, place + "memory"),
+            cores=None if cores is None else _whole(cores, place + "cores"),
+            network=cast(Network, _one_of(network, NETWORKS, place + "network")),
+            user=user,
+        )
+
+
+class _Reader:
+    """Takes each option from where it was given, and remembers where that was."""
+
+    def __init__(
+        self,
+        command_line: Callable[[str], object],
+        ini: Callable[[str], object],
+        ini_directory: Path,
+    ) -> None:
+        self._command_line = command_line
+        self._ini = ini
+        self._ini_directory = ini_directory
+        self._options = {option.name: option for option in OPTIONS}
+
+    def _get(self, name: str) -> tuple[object, str]:
+        option = self._options[name]
+        value = self._command_line(option.ini)
+        if value not in (None, [], False):
+            return value, option.flag
+        return self._ini(option.ini), f"{option.ini} (ini)"
+
+    def _base(self, where: str) -> Path:
+        return self._ini_directory if where.endswith("(ini)") else Path.cwd()
+
+    def reference(self, name: str) -> str | None:
+        value, where = self._get(name)
+        return anchored(str(value), self._base(where)) if value not in (None, "") else None
+
+    def references(self, name: str) -> tuple[tuple[str, str], ...]:
+        _, where = self._get(name)
+        base = self._base(where)
+        return tuple((key, anchored(value, base)) for key, value in self.pairs(name))
+
+    def text(self, name: str) -> str | None:
+        value, _ = self._get(name)
+        return str(value) if value not in (None, "") else None
+
+    def words(self, name: str) -> list[str]:
+        value, _ = self._get(name)
+        return [str(word) for word in value] if isinstance(value, Sequence) else []
+
+    def pairs(self, name: str) -> tuple[tuple[str, str], ...]:
+        value, where = self._get(name)
+        pairs = []
+        for entry in value if isinstance(value, Sequence) else []:
+            # The ini file has one line for each pair: "nixpkgs path:/…", "substituters" (empty).
+            words = entry.split(None, 1) if isinstance(entry, str) else [str(w) for w in entry]
+            if len(words) == 1 and name == "nix-option":
+                words.append("")
+            if len(words) != 2:
+                raise SettingsError(f"{where}: {entry!r} should be a name and a value.")
+            pairs.append((words[0], words[1]))
+        return tuple(pairs)
+
+    def one_of(self, name: str, allowed: Sequence[str], default: str) -> str:
+        value, where = self._get(name)
+        return _one_of(value or default, allowed, where)
+
+    def whole(self, name: str) -> int | None:
+        value, where = self._get(name)
+        return None if value in (None, "") else _whole(value, where)
+
+    def seconds(self, name: str, default: float) -> float:
+        value, where = self._get(name)
+        if value in (None, ""):
+            return default
+        try:
+            seconds = float(str(value))
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            raise SettingsError(f"{where}: {value!r} is not a number of seconds above 0.")
+        return seconds
+
+    def path(self, name: str) -> Path | None:
+        value, where = self._get(name)
+        if value in (None, ""):
+            return None
+        # Not resolve(): a link that the user names stays what the messages name.
+        return Path(os.path.normpath(self._base(where) / Path(str(value)).expanduser()))
+
+    def yes(self, name: str) -> bool:
+        value, where = self._get(name)
+        if isinstance(value, bool):
+            return value
+        word = str(value or "false").lower()
+        if word not in ("true", "false", "yes", "no", "1", "0", "on", "off"):
+            raise SettingsError(f"{where}: {value!r} should be true or false.")
+        return word in ("true", "yes", "1", "on")
+
+
+def anchored(reference: str, base: Path) -> str:
+    """Make a flake reference that means a directory absolute, as seen from `base`.
+
+    What is no directory there (`github:o/r`, a registry's name) is returned as it is.
+    """
+    path, hash_sign, attribute = reference.partition("#")
+    scheme = "path:" if path.startswith("path:") else ""
+    where = path.removeprefix("path:")
+    if not where.startswith((".", "~")) and not (base / where).is_dir():
+        return reference
+    where, question_mark, query = where.partition("?")
+    absolute = os.path.normpath(base / Path(where).expanduser())
+    return f"{scheme}{absolute}{question_mark}{query}{hash_sign}{attribute}"
+
+
+def _one_of(value: object, allowed: Sequence[str], where: str) -> str:
+    if value not in allowed:
+        raise SettingsError(f"{where}: {value!r} is not one of {', '.join(allowed)}.")
+    return str(value)
+
+
+def _whole(value: object, where: str) -> int:
+    try:
+        number = int(str(value)) if not isinstance(value, bool) else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise SettingsError(f"{where}: {value!r} is not a whole number above 0.")
+    return number
