@@ -12,20 +12,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pytest_nixvm.errors import BootError, SettingsError, UserError
-from pytest_nixvm.flake.build import VmBuild
-from pytest_nixvm.flake.flake import Flake, MachineInfo
+from pytest_nixvm.flake.build import MachineInfo, VmBuild
+from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
-from pytest_nixvm.guest.keys import KeyPair
-from pytest_nixvm.machine import Machine
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.qemu.accelerator import Accelerator, choose, find_qemu
 from pytest_nixvm.qemu.launch import LaunchSpec, private_directory
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.supervisor import Supervisor
 from pytest_nixvm.settings import MachineRequest, Settings
+
+if TYPE_CHECKING:
+    from pytest_nixvm.guest.keys import KeyPair
+    from pytest_nixvm.machine import Machine
+
+# SSH and pexpect are imported when the first VM starts: a run that only collects is quicker.
 
 LEAST_FREE = 256 * 2**20
 """Bytes that must be free where overlays are written; a boot alone writes some tens of MiB."""
@@ -207,6 +212,8 @@ class Fleet:
                 self._shared.pop(key).kill()
 
     def _start(self, name: str, request: MachineRequest) -> Machine:
+        from pytest_nixvm.machine import Machine
+
         with self._lock:
             if self._closed:
                 raise SettingsError("The fleet is closed: its session has ended.")
@@ -289,6 +296,8 @@ class Fleet:
 
     @cached_property
     def _keys(self) -> KeyPair:
+        from pytest_nixvm.guest.keys import KeyPair
+
         return KeyPair.generate(self._sockets)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from pytest_nixvm.errors import NixvmError, UserError, tail
+from pytest_nixvm.errors import NixvmError, SettingsError, UserError, tail
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.settings import MachineRequest, Settings
 
 if TYPE_CHECKING:
+    from pytest_nixvm.flake.build import MachineInfo
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.machine import Machine
 
@@ -67,7 +69,7 @@ class Run:
     @cached_property
     def fleet(self) -> Fleet:
         """The run's fleet, made when it is first needed."""
-        from pytest_nixvm.flake.flake import MachineInfo
+        from pytest_nixvm.flake.build import MachineInfo
         from pytest_nixvm.fleet import Fleet
 
         if self._told is None:
@@ -95,64 +97,59 @@ class Run:
 
         Mistakes are kept for `check`: raised from here they would end in a traceback.
         """
-        wanted = marked_machines(metafunc.definition)
-        try:
-            every = {machine.name: machine for machine in self.fleet.every_machine}
-            names = wanted or [machine.name for machine in self.fleet.machines]
-        except UserError as error:
-            self._problem(str(error))
-            every, names = {}, []
+        names = marked_machines(metafunc.definition)
+        every: dict[str, MachineInfo] = {}
+        if not self._problems:
+            try:
+                every = {machine.name: machine for machine in self.fleet.every_machine}
+                names = names or [machine.name for machine in self.fleet.machines]
+            except UserError as error:
+                self._problems.append(str(error))
         parameters = []
         for name in names:
-            if name not in every:
-                self._problem(
-                    f"{metafunc.definition.nodeid}: the nixvm marker names {name!r}, which is no "
-                    f"machine of {self.settings.flake}. Its machines: {', '.join(every)}."
-                )
-                continue
-            skip = every[name].skip
+            skip = every[name].skip if name in every else None
             marks = [pytest.mark.skip(reason=f"{name}: {skip}")] if skip else []
             parameters.append(pytest.param(name, id=name, marks=marks))
         metafunc.parametrize(PARAMETER, parameters, indirect=True, scope="session")
 
-    def _problem(self, text: str) -> None:
-        if text not in self._problems:
-            self._problems.append(text)
-
     def is_selected(self, item: pytest.Item) -> bool:
-        """Whether --nixvm-machine lets a test run that names its machines."""
+        """Whether --nixvm-machine selects a test that names its machines."""
         names = item_machines(item)
         if not names or self._problems or not self.settings.machine:
             return True
-        try:
-            selected = {machine.name for machine in self.fleet.machines}
-        except UserError as error:
-            self._problem(str(error))
-            return True
-        return selected.issuperset(names)
-
-    def check(self, items: Iterable[pytest.Item]) -> None:
-        """Raise `pytest.UsageError` for the mistakes that were found while collecting."""
-        for item in items:
-            try:
-                names = item_machines(item)
-                if names or item.get_closest_marker("nixvm"):
-                    self.request(item)
-                unknown = [] if not names else self._unknown(names)
-            except UserError as error:
-                self._problem(str(error))
-                continue
-            for name in unknown:
-                self._problem(
-                    f"{item.nodeid}: the nixvm marker names {name!r}, which is no machine of "
-                    f"{self.settings.flake}."
-                )
-        if self._problems and not self.is_worker:
-            raise pytest.UsageError("\n".join(self._problems))
-
-    def _unknown(self, names: Sequence[str]) -> list[str]:
         every = {machine.name for machine in self.fleet.every_machine}
-        return [name for name in names if name not in every]
+        selected = {machine.name for machine in self.fleet.machines}
+        # A name that nobody knows is not left out: `check` says that it is wrong.
+        return selected.issuperset(names) or every.isdisjoint(names)
+
+    def check(self, items: list[pytest.Item]) -> None:
+        """Raise `pytest.UsageError` for the mistakes that were found while collecting."""
+        if not self._problems:
+            for item in items:
+                try:
+                    self._check(item)
+                except UserError as error:
+                    self._problems.append(str(error))
+        if self._problems and not self.is_worker:
+            items.clear()
+            raise pytest.UsageError("\n".join(dict.fromkeys(self._problems)))
+
+    def _check(self, item: pytest.Item) -> None:
+        names = item_machines(item)
+        if names or item.get_closest_marker("nixvm"):
+            self.request(item)
+        if not names:
+            return
+        every = [machine.name for machine in self.fleet.every_machine]
+        for name in names:
+            if name not in every:
+                near = difflib.get_close_matches(name, every, 1)
+                meant = f" Did you mean {near[0]!r}?" if near else ""
+                where = item.nodeid.partition("[")[0]
+                raise SettingsError(
+                    f"{where}: the nixvm marker names {name!r}, which is no machine of "
+                    f"{self.settings.flake}.{meant} Its machines: {', '.join(every)}."
+                )
 
     @property
     def problem(self) -> str | None:

@@ -1,0 +1,55 @@
+# Machines that do not boot, each in its own way.
+{
+  inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
+
+  outputs =
+    { nixpkgs, ... }:
+    let
+      machine =
+        name: module:
+        nixpkgs.lib.nixosSystem {
+          modules = [
+            module
+            {
+              nixpkgs.hostPlatform = "x86_64-linux";
+              networking.hostName = name;
+              virtualisation.vmVariant.virtualisation = {
+                graphics = false;
+                cores = 2;
+              };
+              system.stateVersion = "25.11";
+            }
+          ];
+        };
+    in
+    {
+      nixosConfigurations = builtins.mapAttrs machine {
+        # An init that ends: the kernel panics.
+        panics.boot.kernelParams = [ "rdinit=/bin/false" ];
+        # A file system that is not there, needed by local-fs.target: emergency mode.
+        emergency.systemd.services.lost-disk = {
+          description = "A disk that is not there";
+          unitConfig = {
+            DefaultDependencies = false;
+            OnFailure = "emergency.target";
+            OnFailureJobMode = "replace-irreversibly";
+          };
+          requiredBy = [ "local-fs.target" ];
+          before = [ "local-fs.target" ];
+          serviceConfig.Type = "oneshot";
+          script = "exit 1";
+        };
+        # A unit that never ends starting.
+        hangs.systemd.services.endless = {
+          wantedBy = [ "multi-user.target" ];
+          serviceConfig = {
+            Type = "oneshot";
+            TimeoutStartSec = "infinity";
+          };
+          script = "sleep infinity";
+        };
+        # QEMU itself refuses.
+        refused.virtualisation.vmVariant.virtualisation.qemu.options = [ "-device no-such-device" ];
+      };
+    };
+}

@@ -1,0 +1,130 @@
+"""Tests on real VMs, made of the stand-in for nixpkgs in tests/standin.
+
+`pytest tests/vm` prepares the stand-in itself; options on the command line win, so that the same
+tests run on real nixpkgs with `--nixvm-override-input nixpkgs github:NixOS/nixpkgs/…`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pytest_nixvm import Fleet, Settings
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+EXAMPLE = ROOT / "example_tests" / "nix"
+ARGUMENTS = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if hasattr(config, "workerinput"):  # xdist's workers are given the controller's options
+        config.stash[ARGUMENTS] = config.workerinput["standin"]
+        return
+    config.stash[ARGUMENTS] = []
+    if option.collectonly or option.help or option.version:
+        return
+    if not option.nixvm_override_input:
+        prepare = ROOT / "tests" / "standin" / "prepare"
+        done = subprocess.run([prepare], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise pytest.UsageError(f"{prepare} failed: see above.")
+        words = shlex.split(done.stdout.splitlines()[-1])
+        config.stash[ARGUMENTS] = words
+        while words:
+            flag, words = words[0], words[1:]
+            values = [word for word in words[: _values(flag)]]
+            words = words[len(values) :]
+            name = flag.removeprefix("--").replace("-", "_")
+            setattr(option, name, [*(getattr(option, name) or []), values])
+    else:
+        for flag in ("override_input", "nix_option"):
+            for pair in getattr(option, f"nixvm_{flag}") or []:
+                config.stash[ARGUMENTS] += [f"--nixvm-{flag.replace('_', '-')}", *pair]
+    if option.nixvm_flake is None:
+        option.nixvm_flake = str(EXAMPLE)
+    # 4 GiB, as dev-vm has it, is more than these tests need.
+    option.nixvm_memory = option.nixvm_memory or "1024"
+
+
+def _values(flag: str) -> int:
+    return 2 if flag in ("--nixvm-override-input", "--nixvm-nix-option") else 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    node.workerinput["standin"] = node.config.stash[ARGUMENTS]
+
+
+@pytest.fixture(scope="session")
+def arguments(pytestconfig: pytest.Config) -> list[str]:
+    """The pytest arguments that make VMs of the stand-in."""
+    return pytestconfig.stash[ARGUMENTS]
+
+
+@pytest.fixture(scope="session")
+def flake_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A copy of one of the flakes beside this file, in a git repository of its own."""
+
+    def copy(name: str) -> Path:
+        place = tmp_path_factory.mktemp(name) / name
+        shutil.copytree(EXAMPLE if name == "example" else HERE / name, place)
+        subprocess.run(["git", "init", "--quiet", place], check=True)
+        subprocess.run(["git", "-C", place, "add", "."], check=True)
+        return place
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def fleet_of(
+    arguments: list[str], flake_copy: Callable[[str], Path], tmp_path_factory
+) -> Iterator[Callable[..., Fleet]]:
+    """A fleet of one of the flakes beside this file, ended with the session."""
+    fleets: dict[object, Fleet] = {}
+    copies: dict[str, Path] = {}
+
+    def make(name: str, **options: object) -> Fleet:
+        key = (name, tuple(sorted(options.items())))
+        if key not in fleets:
+            copies[name] = copies.get(name) or flake_copy(name)
+            fleets[key] = Fleet(
+                settings_for(copies[name], arguments, **options),
+                output=tmp_path_factory.mktemp(f"{name}-output"),
+            )
+        return fleets[key]
+
+    yield make
+    for fleet in fleets.values():
+        fleet.close()
+
+
+def settings_for(flake: Path, arguments: list[str], **options: object) -> Settings:
+    pairs: dict[str, list[list[str]]] = {}
+    for at in range(0, len(arguments), 3):
+        name = arguments[at].removeprefix("--nixvm-").replace("-", "_")
+        pairs.setdefault(name, []).append(arguments[at + 1 : at + 3])
+    return Settings.make(**{"flake": str(flake), "memory": "1024", **pairs, **options})
+
+
+@pytest.fixture
+def booted(fleet_of: Callable[..., Fleet]):
+    """`with booted("flake", "machine") as vm`: a VM of its own, ended behind the block."""
+
+    @contextmanager
+    def boot(flake: str, machine: str, **options: object):
+        vm = fleet_of(flake, **options).start(machine)
+        try:
+            yield vm
+        finally:
+            vm.kill()
+
+    return boot

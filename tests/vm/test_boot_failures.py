@@ -1,0 +1,38 @@
+"""A boot that fails ends at once, with the stage it reached and the console's tail."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pytest_nixvm.errors import BootError, QemuError
+
+
+def test_a_panic(fleet_of):
+    began = time.monotonic()
+    with pytest.raises(BootError, match=r"(?s)the kernel panicked.*Attempted to kill init") as caught:
+        fleet_of("broken").start("panics")
+
+    assert time.monotonic() - began < 60
+    assert caught.value.stage == "kernel"
+    assert "Linux version" in caught.value.console_log.read_text(errors="replace")
+
+
+def test_emergency_mode(fleet_of):
+    with pytest.raises(BootError, match="emergency mode") as caught:
+        fleet_of("broken").start("emergency")
+
+    assert caught.value.stage == "systemd (stage 2)"
+
+
+def test_a_unit_that_never_ends_starting(fleet_of):
+    with pytest.raises(BootError, match=r"(?s)not ready after 30 s.*endless.service") as caught:
+        fleet_of("broken", boot_timeout="30").start("hangs")
+
+    assert caught.value.stage == "guest agent answers"
+
+
+def test_qemu_refuses(fleet_of):
+    with pytest.raises(QemuError, match="no-such-device"):
+        fleet_of("broken").start("refused")
