@@ -1,0 +1,347 @@
+"""SSH into the guest: what a person would do, with a key of this session and a pinned host key."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import paramiko
+
+from pytest_nixvm.errors import (
+    AgentError,
+    CommandTimeoutError,
+    MachineGoneError,
+    SshError,
+    tail,
+)
+from pytest_nixvm.guest import reap, transfer
+from pytest_nixvm.guest.agent import Agent
+from pytest_nixvm.guest.keys import KeyPair
+from pytest_nixvm.guest.result import Command, CommandResult, display
+from pytest_nixvm.guest.ssh_run import WINDOW, Collected, collect, make_transport, remote_line
+from pytest_nixvm.guest.sshd import SshAccess, explain
+from pytest_nixvm.wait import Deadline
+
+LOGIN_TIMEOUT = 30.0
+"""Seconds for the connection, sshd's banner, the log-in and a channel, each."""
+
+_LOOPBACK = "127.0.0.1"
+_TROUBLE = (paramiko.SSHException, EOFError, OSError)
+
+
+class Ssh:
+    """One SSH connection to a VM, shared by all threads, opened when it is first needed.
+
+    ssh.run(["systemctl", "is-active", "sshd"]).stdout
+    ssh.run("cat > note", stdin="text", env={"LANG": "C"}, check=True)
+    ssh.put("site.conf", "/tmp/site.conf")
+    ssh.client                              # the connected paramiko.SSHClient
+    print(ssh.command_line)                 # what a person can paste
+
+    It makes one complete log-in and keeps it, because sshd since OpenSSH 9.8 locks out who connects
+    and does not authenticate (PerSourcePenalties in sshd_config(5)); after a reboot it logs in
+    again. Only the session's key is offered, and only the machine's own host keys are accepted. All
+    times are in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        access: SshAccess,
+        keys: KeyPair,
+        port: int,
+        directory: Path,
+        agent: Agent | None = None,
+        host: str = _LOOPBACK,
+    ) -> None:
+        self.user = access.user
+        self.host = host
+        self.port = port
+        self._access = access
+        self._keys = keys
+        self._directory = directory
+        self._agent = agent
+        self._client: paramiko.SSHClient | None = None
+        self._lock = threading.Lock()
+        # One session is kept free for killing what takes too long.
+        self._sessions = threading.BoundedSemaphore(max(1, min(access.max_sessions, 10) - 1))
+
+    # --- connection ----------------------------------------------------------------------------
+
+    @property
+    def client(self) -> paramiko.SSHClient:
+        """The connected paramiko client. Raises `SshError` when there is no connection."""
+        with self._lock:
+            return self._connected()
+
+    def close(self) -> None:
+        """Hang up. The next use logs in again."""
+        with self._lock:
+            self._drop()
+
+    @property
+    def command_line(self) -> str:
+        """The command that opens the same log-in in a person's terminal."""
+        known = self._directory / f"known_hosts-{self.port}"
+        name = f"[{self.host}]:{self.port}"
+        known.write_text("".join(f"{name} {line}\n" for line in self._access.host_keys))
+        options = {
+            "UserKnownHostsFile": known,
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+        }
+        argv = ["ssh", "-F", "/dev/null", "-i", str(self._keys.private), "-p", str(self.port)]
+        for option, value in options.items():
+            argv += ["-o", f"{option}={value}"]
+        return shlex.join([*argv, f"{self.user}@{self.host}"])
+
+    def _drop(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _connected(self) -> paramiko.SSHClient:
+        """Return the client, logging in if there is no connection. The caller holds the lock."""
+        if self._client is not None:
+            transport = self._client.get_transport()
+            if transport is not None and transport.is_active():
+                return self._client
+            self._drop()
+        client = paramiko.SSHClient()
+        client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        name = f"[{self.host}]:{self.port}"
+        for line in self._access.host_keys:
+            entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
+            if entry is not None and entry.key is not None:
+                client.get_host_keys().add(name, entry.key.get_name(), entry.key)
+        try:
+            client.connect(
+                self.host,
+                self.port,
+                self.user,
+                pkey=paramiko.Ed25519Key.from_private_key_file(str(self._keys.private)),
+                timeout=LOGIN_TIMEOUT,
+                banner_timeout=LOGIN_TIMEOUT,
+                auth_timeout=LOGIN_TIMEOUT,
+                channel_timeout=LOGIN_TIMEOUT,
+                allow_agent=False,
+                look_for_keys=False,
+                compress=False,
+                transport_factory=make_transport,
+            )
+        except _TROUBLE as error:
+            client.close()
+            raise self._no_login(error) from error
+        connection = client.get_transport()
+        if connection is None:
+            raise SshError(f"The SSH connection of {self.user} ended at once.")
+        # A guest that was reset answers with a reset of the connection, instead of nothing.
+        connection.set_keepalive(10)
+        self._client = client
+        return client
+
+    def _no_login(self, error: Exception) -> SshError:
+        guest_port = self._access.port
+        text = f"No SSH log-in as {self.user} on port {self.port} (the guest's {guest_port}): "
+        if isinstance(error, paramiko.BadHostKeyException):
+            text += "the machine's host key is not the one that its agent reported."
+        elif isinstance(error, paramiko.AuthenticationException):
+            text += "sshd refused the session's key."
+        elif "banner" in str(error).lower() or isinstance(error, (EOFError, ConnectionError)):
+            # QEMU accepts the connection before the guest does: an open port proves nothing.
+            text += f"the port is forwarded, but no sshd answers behind it ({error})."
+        else:
+            text += f"{error or type(error).__name__}."
+        if self._agent is not None:
+            with suppress(AgentError, MachineGoneError):
+                text += "\n" + explain(self._agent, self._access)
+        return SshError(text)
+
+    @contextmanager
+    def _session(self, deadline: Deadline) -> Iterator[paramiko.Channel]:
+        """Lend a session channel; reconnect once if the connection turns out to be dead."""
+        if not self._sessions.acquire(timeout=deadline.remaining()):
+            raise SshError(
+                f"All SSH sessions of {self.user} were in use for {deadline.seconds:g} s "
+                f"(MaxSessions {self._access.max_sessions})."
+            )
+        try:
+            channel = self._open(deadline)
+            try:
+                yield channel
+            finally:
+                channel.close()
+        finally:
+            self._sessions.release()
+
+    def _open(self, deadline: Deadline) -> paramiko.Channel:
+        for last_try in (False, True):
+            with self._lock:
+                client = self._connected()
+            transport = client.get_transport()
+            try:
+                if transport is None:
+                    raise paramiko.SSHException("the connection is closed")
+                seconds = max(1.0, deadline.remaining(LOGIN_TIMEOUT))
+                return transport.open_session(window_size=WINDOW, timeout=seconds)
+            except paramiko.ChannelException as error:
+                raise SshError(f"sshd opens no session for {self.user}: {error.text}.") from error
+            except _TROUBLE as error:
+                with self._lock:
+                    if self._client is client:
+                        self._drop()
+                if last_try:
+                    raise SshError(f"The SSH connection of {self.user} broke: {error}.") from error
+        raise SshError(f"There is no SSH connection of {self.user}.")
+
+    # --- commands ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: Command,
+        *,
+        timeout: float = 60,
+        stdin: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        check: bool = False,
+    ) -> CommandResult:
+        """Run a command as the logged-in user and wait for its end and the end of its output.
+
+        A string is run by the user's log-in shell; a sequence is an argv that is handed over as it
+        is. `env` is added to the command's environment (through the shell, because sshd accepts few
+        variables by itself).
+
+        Raises `CommandTimeoutError` after `timeout` seconds, when the command and what it started
+        has been killed; `SshError` when there is no connection or it breaks (its text has what had
+        arrived); `CommandFailedError` with `check` and an exit status other than 0.
+        """
+        began = time.monotonic()
+        deadline = Deadline(timeout)
+        mark = reap.new_mark()
+        line = remote_line(command, {**(env or {}), reap.MARK: mark})
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        with self._session(deadline) as channel:
+            try:
+                channel.settimeout(max(1.0, deadline.remaining(LOGIN_TIMEOUT)))
+                channel.exec_command(line)
+            except _TROUBLE as error:
+                raise SshError(f"`{display(command)}` could not be started: {error}.") from error
+            got = collect(channel, data, deadline)
+            if got.timed_out:
+                killed = self._kill(mark)
+                raise self._timeout(command, got, timeout, killed)
+        if got.status is None:
+            raise self._lost(command, got)
+        duration = time.monotonic() - began
+        result = CommandResult(command, got.status, got.stdout, got.stderr, duration, channel="ssh")
+        return result.check() if check else result
+
+    def _kill(self, mark: str) -> bool:
+        """Kill what has `mark`, over a session of its own; return whether nothing is left."""
+        deadline = Deadline(15)
+        with suppress(SshError, *_TROUBLE):
+            channel = self._open(deadline)
+            try:
+                channel.exec_command(shlex.join(reap.argv(mark)))
+                return collect(channel, None, deadline).status == 0
+            finally:
+                channel.close()
+        return False
+
+    def _timeout(
+        self, command: Command, got: Collected, seconds: float, killed: bool
+    ) -> CommandTimeoutError:
+        text = f"`{display(command)}` did not end within {seconds:g} s over SSH. "
+        if got.status is not None:
+            text += (
+                f"It had ended itself with exit status {got.status}, but something that it had "
+                "started kept its output open (redirect that). "
+            )
+        text += "It was killed with all that it had started." if killed else "It can't be killed."
+        return CommandTimeoutError(
+            text,
+            command=command,
+            returncode=got.status,
+            stdout=got.stdout.decode("utf-8", "replace"),
+            stderr=got.stderr.decode("utf-8", "replace"),
+        )
+
+    def _lost(self, command: Command, got: Collected) -> SshError:
+        text = f"The SSH connection of {self.user} broke during `{display(command)}`."
+        for name, stream in (("stdout", got.stdout), ("stderr", got.stderr)):
+            if stream.strip():
+                text += f"\n{name} until then:\n" + tail(stream.decode("utf-8", "replace"))
+        return SshError(text)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def put(self, local: str | Path, remote: str, timeout: float = 600) -> None:
+        """Copy a file, or a directory with all that is in it, to the path `remote` in the guest.
+
+        Modes are kept. Over SFTP, or over `cat` (files only) where sshd does not offer it. Raises
+        `OSError` if `local` can't be read, else `SshError`.
+        """
+        source = Path(local)
+        source.stat()
+        self._copy(lambda files: files.put(source, remote), f"{local} to {remote}", timeout)
+
+    def get(self, remote: str, local: str | Path, timeout: float = 600) -> None:
+        """Copy a file, or a directory with all that is in it, from the guest to the path `local`.
+
+        As `put`. Raises `OSError` if there is no directory for `local`, else `SshError`.
+        """
+        target = Path(local)
+        target.parent.stat()
+        self._copy(lambda files: files.get(remote, target), f"{remote} to {local}", timeout)
+
+    def _copy(self, work: Callable[[transfer.Files], None], what: str, timeout: float) -> None:
+        deadline = Deadline(timeout)
+        with self._session(deadline) as channel:
+            cut = threading.Timer(timeout, channel.close)
+            cut.daemon = True
+            cut.start()
+            try:
+                if self._subsystem(channel):
+                    work(transfer.SftpFiles(paramiko.SFTPClient(channel)))
+                    return
+            except _TROUBLE as error:
+                if deadline.expired:
+                    raise SshError(f"Copying {what} did not end within {timeout:g} s.") from error
+                raise SshError(f"Copying {what} failed: {error}.") from error
+            finally:
+                cut.cancel()
+        work(transfer.CatFiles(lambda *args: self._stream(what, deadline, *args)))
+
+    def _subsystem(self, channel: paramiko.Channel) -> bool:
+        """Open SFTP on a channel; return False if sshd does not offer it."""
+        try:
+            channel.invoke_subsystem("sftp")
+        except paramiko.SSHException:
+            transport = channel.get_transport()
+            if transport is None or not transport.is_active():
+                raise
+            return False
+        return True
+
+    def _stream(
+        self,
+        what: str,
+        deadline: Deadline,
+        line: str,
+        source: BinaryIO | None,
+        sink: BinaryIO | None,
+    ) -> None:
+        with self._session(deadline) as channel:
+            channel.exec_command(line)
+            got = collect(channel, source, deadline, sink)
+        if got.timed_out:
+            raise SshError(f"Copying {what} did not end within {deadline.seconds:g} s.")
+        if got.status != 0:
+            reason = got.stderr.decode("utf-8", "replace").strip() or f"status {got.status}"
+            raise SshError(f"Copying {what} failed: {reason}.")
