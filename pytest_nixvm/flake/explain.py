@@ -6,6 +6,7 @@ shown as it is, without trace, with the paths of the user's own files.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from pytest_nixvm.flake.fingerprint import tracked_problem
 from pytest_nixvm.flake.messages import Log, NixError, store_name
 from pytest_nixvm.flake.nix import NixFailure
 
-_SOURCE = re.compile(r"/nix/store/[0-9a-z]{32}-source(/[^\s'\"»:,;)]*)?")
-_LAZY = re.compile(r"«(?:git\+file|path)://?(/[^»]*)»(/[^\s'\"»:,;)]*)?")
+# A flake's files as nix names them: a copy in the store or, in newer versions, not copied.
+_SOURCE = re.compile(r"(?P<root>/nix/store/[0-9a-z]{32}-source)(?P<inner>/[^\s'\"»:,;)]*)?")
+_LAZY = re.compile(r"«(?:git\+file|path):(?://)?(?P<root>/[^»?]*)[^»]*»(?P<inner>/[^\s'\"»:,;)]*)?")
 
 _MISSING_FILE = (
     # nix up to 2.18 or so, then its successors
@@ -60,11 +62,11 @@ _LONGEST = 60  # lines of a message
 
 @dataclass(frozen=True)
 class Tree:
-    """A source tree on this machine: its top, whether git says what is in it, and its URL."""
+    """A source tree on this machine that nix reads."""
 
-    root: Path
-    git: bool
-    url: str
+    root: Path  # its top
+    folder: Path  # where its flake.nix is
+    git: bool  # whether git says what is in it
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class Subject:
     what: str  # "nixosConfigurations.dev-vm of /home/me/config"
     url: str  # the flake's reference
     trees: Sequence[Tree]  # the flake's first, then those of local overrides
-    source: Path | None = None  # where the flake lies in the store, if known
 
 
 def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
@@ -87,7 +88,7 @@ def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
     error = failure.log.error
     known = (
         _disk_full(error, failure.log)
-        or _untracked(error, subject)
+        or _missing_file(error, subject)
         or _unreachable(error, failure.log, subject)
         or _store(error)
         or _awkward_name(error, subject)
@@ -148,26 +149,56 @@ def _disk_full(error: NixError, log: Log) -> FlakeError | None:
     return None
 
 
-def _untracked(error: NixError, subject: Subject) -> FlakeError | None:
-    """Git did not give nix a file that is there: the commonest mistake with flakes."""
-    for pattern in _MISSING_FILE:
-        found = pattern.search(error.text)
-        if not found:
+def _missing_file(error: NixError, subject: Subject) -> FlakeError | None:
+    """A file nix can't find: mostly one that git was not told of, the commonest mistake."""
+    found = next(filter(None, (pattern.search(error.text) for pattern in _MISSING_FILE)), None)
+    if found is None:
+        return None
+    place = _place(found["path"], subject)
+    if place is None:
+        return None
+    trees, name = place
+    for tree in trees:
+        if not tree.git:
             continue
-        inner = _SOURCE.fullmatch(found["path"]) or _LAZY.fullmatch(found["path"])
-        relative = (inner[inner.re.groups] or "") if inner else found["path"]
-        for tree in subject.trees:
-            name = relative
-            if Path(name).is_relative_to(tree.root):
-                name = str(Path(name).relative_to(tree.root))
-            name = name.strip("/")
-            if not name or (inner is None and name.startswith("..")):
-                continue
-            problem = tracked_problem(tree.root, name) if tree.git else None
+        # A directory that git does not know may hold a lot; its flake.nix is what matters then.
+        for wanted in (str((tree.folder / "flake.nix").relative_to(tree.root)), name):
+            problem = tracked_problem(tree.root, wanted)
             if problem is not None:
                 return _add(tree.root, *problem)
-            if inner is not None and name.endswith("flake.nix"):
-                return FlakeError(f"{tree.root} is no flake: there is no {name} in it.")
+    if len(trees) != 1 or os.path.lexists(trees[0].root / name):
+        return None
+    return EvaluationError(
+        f"Nix can't evaluate {subject.what}: there is no {trees[0].root / name}, "
+        "which the flake refers to."
+    )
+
+
+def _place(path: str, subject: Subject) -> tuple[list[Tree], str] | None:
+    """Return the trees a path in a message may be of, and its name in them."""
+    copy = _SOURCE.fullmatch(path) or _LAZY.fullmatch(path)
+    if copy is not None:
+        tree = _tree_of(copy, subject)
+        name = (copy["inner"] or "").strip("/")
+        trees = [tree] if tree else list(subject.trees)
+        return (trees, name) if name else None
+    for tree in subject.trees:
+        if Path(path).is_relative_to(tree.root):
+            return [tree], str(Path(path).relative_to(tree.root))
+    if path.startswith("/") or not subject.trees:
+        return None
+    return list(subject.trees), path
+
+
+def _tree_of(copy: re.Match[str], subject: Subject) -> Tree | None:
+    """Return the tree that a copy in the store is of: the one with the same flake.nix."""
+    for tree in subject.trees:
+        mine = tree.folder / "flake.nix"
+        if copy.re is _LAZY:
+            if Path(copy["root"]) == tree.root:
+                return tree
+        elif _equal(mine, Path(copy["root"]) / mine.relative_to(tree.root)):
+            return tree
     return None
 
 
@@ -185,12 +216,16 @@ def _add(root: Path, files: list[str], ignored: bool) -> FlakeError:
 
 
 def _unreachable(error: NixError, log: Log, subject: Subject) -> FlakeError | None:
-    if "cannot find flake" in error.text and "registr" in error.text:
+    if subject.url.startswith("flake:") and "registr" in error.text:
         name = subject.url.removeprefix("flake:")
-        if subject.url.startswith("flake:") and f"flake:{name}'" in error.text:
-            return FlakeError(
-                f"There is no directory {name}, and no flake of that name in nix's registry."
-            )
+        why = (
+            "has none" if "cannot find" in error.text else f"can't be asked: {_reason(error.text)}"
+        )
+        return FlakeError(
+            f"There is no directory {name}, and nix's registry, where a flake of that name could "
+            f"be, {why}."
+        )
+    if "cannot find flake" in error.text and "registr" in error.text:
         return FlakeError(
             f"{subject.what} has an input that is not in nix's registry: {_first(error.text)}\n"
             "Say what to use in its place with --nixvm-override-input NAME REF."
@@ -312,6 +347,9 @@ def _render(error: NixError, subject: Subject) -> str:
     hint = re.findall(r"Did you mean .*", error.full)
     if hint and hint[-1] not in text:
         text += f"\n{hint[-1]}"
+    if "--impure" in text:
+        text = text.replace(" (use '--impure' to override)", "")
+        text += "\nFlakes are evaluated purely; `--nixvm-nix-option pure-eval false` allows it."
     if "infinite recursion" in text:
         text += "\nSome value is defined by itself; `nix eval --show-trace` shows the way round."
     return _indent(shorten(text))
@@ -321,14 +359,13 @@ def _local_paths(text: str, subject: Subject) -> str:
     """Put the user's own files in the place of the copies in the store that nix speaks of."""
 
     def replace(match: re.Match[str]) -> str:
-        inner = match[match.re.groups] or ""
-        copy = Path(match[0])
+        inner = (match["inner"] or "").lstrip("/")
+        tree = _tree_of(match, subject)
+        if tree is not None:
+            return str(tree.root / inner)
         for tree in subject.trees:
-            mine = tree.root / inner.lstrip("/")
-            if subject.source is not None and copy.is_relative_to(subject.source):
-                return str(subject.trees[0].root / inner.lstrip("/"))
-            if mine.is_file() and (_equal(mine, copy) or match.re is _LAZY):
-                return str(mine)
+            if inner and _equal(tree.root / inner, Path(match["root"]) / inner):
+                return str(tree.root / inner)
         return match[0]
 
     return _LAZY.sub(replace, _SOURCE.sub(replace, text))

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import MissingProgramError
+from pytest_nixvm.errors import MissingProgramError, SettingsError
 from pytest_nixvm.flake import process
 from pytest_nixvm.flake.messages import Log, Watcher
 
@@ -183,6 +183,8 @@ class Nix:
         made. Raises NixFailure.
         """
         program = self.program.parent / "nix-store"
+        if not program.exists():
+            program = Path(shutil.which("nix-store") or program)
         what = f"{derivation}!{output}" if output else derivation
         argv = [str(program), "--realise", what, "--add-root", str(root)]
         if self.offline:
@@ -232,9 +234,19 @@ class Nix:
             raise NixFailure(log, timeout=timeout) from None
         except OSError as error:
             raise MissingProgramError(f"{argv[0]} can't be started: {error.strerror}.") from error
+        self._check_options(log)
         if ended.returncode != 0:
             raise NixFailure(log)
         return ended.stdout, log
+
+    def _check_options(self, log: Log) -> None:
+        """Nix only warns of an option it does not know, and names a bad value late."""
+        for text in (*log.warnings, *(error.text for error in log.errors)):
+            found = re.search(r"unknown setting '([^']+)'|setting '([^']+)' has invalid", text)
+            name = (found[1] or found[2]) if found else None
+            for option, value in self.options:
+                if option == name:
+                    raise SettingsError(f"--nixvm-nix-option {option} {value}: nix says: {text}.")
 
     def _environment(self) -> dict[str, str]:
         if not self.config:

@@ -65,7 +65,7 @@ let
         if needed == [ ] then nixos else nixos.extendModules { modules = map module needed; };
       build = extended.config.system.build or { };
     in
-    { overrides = needed; } // (if build ? vm then derivation build.vm else { noVm = true; });
+    { overrides = needed; } // (if isDerivation (build.vm or null) then derivation build.vm else { noVm = true; });
 in
 {
   # Where the flake's files are in the store: to translate the paths in Nix's messages.
@@ -74,7 +74,7 @@ in
   names = {
     nixos = attrNames (target.nixosConfigurations or { });
     darwin = attrNames (target.darwinConfigurations or { });
-    outputs = attrNames target;
+    outputs = attrNames (target.outputs or target);
   };
 
   # name → platform, of every NixOS configuration. A host that throws has null and does not hide
@@ -93,7 +93,8 @@ in
       kind = kindOf value;
       siblings = path:
         let parent = genList (elemAt path) (length path - 1); in
-        if has parent target && isAttrs (get parent target)
+        if parent == [ ] then map (name: [ name ]) (attrNames (target.outputs or target))
+        else if has parent target && isAttrs (get parent target)
         then map (name: parent ++ [ name ]) (attrNames (get parent target))
         else [ ];
     in
