@@ -54,7 +54,7 @@ def ssh(request: pytest.FixtureRequest, vm: Machine) -> Ssh:
     """
     try:
         connection = vm.ssh_as(request.config.stash[RUN].request(request.node).user)
-        connection.connect()
+        _ = connection.client  # logs in now: a test that asks for ssh should start with it open
     except NixvmError as error:
         fail(error)
     return connection
