@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from pytest_nixvm.errors import MissingProgramError, SettingsError
 from pytest_nixvm.flake import process
 from pytest_nixvm.flake.messages import Log, Watcher
+from pytest_nixvm.flake.words import near
 
 # Ours, or the user's in /etc, decide nothing else: --accept-flake-config is never passed, because
 # with it a flake may name substituters and post-build hooks without anybody being asked.
@@ -87,19 +88,26 @@ class Nix:
             raise MissingProgramError(
                 "nix was not found, neither in PATH nor in its usual places. " + _HOW_TO_INSTALL
             )
-        version = _version(program)
-        nix = cls(program, version, (), tuple(options), offline)
-        if _lacks_build_users():
-            group = _setting(nix, "build-users-group")
-            if group and not _has_members(group) and _setting(nix, "auto-allocate-uids") != "true":
-                note = (
+        nix = cls(program, _version(program), (), tuple(options), offline)
+        notes: list[str] = []
+        config = ""
+        # Nix wants build users only when run as root.
+        lacks_users = os.geteuid() == 0 and not _has_members("nixbld")
+        if lacks_users or nix.options:
+            settings = _settings(nix)
+            group = settings.get("build-users-group", "")
+            automatic = settings.get("auto-allocate-uids") == "true"
+            if lacks_users and group and not automatic and not _has_members(group):
+                config = "build-users-group ="
+                notes.append(
                     f"nix is not set up for build users here (group {group} has no members): "
                     "it builds as root, with an empty build-users-group"
                 )
-                return cls(
-                    program, version, (note,), tuple(options), offline, "build-users-group ="
-                )
-        return nix
+            for name, _ in nix.options:
+                if settings and name.removeprefix("extra-") not in settings:
+                    guess = near(name, list(settings))
+                    notes.append(f"nix {nix.version} lists no option {name}{guess}".rstrip("."))
+        return replace(nix, notes=tuple(notes), config=config)
 
     @property
     def system(self) -> str:
@@ -266,10 +274,11 @@ def _which() -> Path | None:
     return None
 
 
-def _version(program: Path) -> str:
+def _ask(argv: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Run a nix command that reads its own settings and nothing else."""
     try:
-        answer = subprocess.run(
-            [program, "--version"],
+        return subprocess.run(
+            argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -280,10 +289,14 @@ def _version(program: Path) -> str:
         )
     except subprocess.TimeoutExpired:
         raise MissingProgramError(
-            f"`{program} --version` does not answer within 30 s; check this nix by hand."
+            f"{argv[0]} does not answer within 30 s; check this nix by hand."
         ) from None
     except OSError as error:
-        raise MissingProgramError(f"{program} can't be started: {error.strerror}.") from error
+        raise MissingProgramError(f"{argv[0]} can't be started: {error.strerror}.") from error
+
+
+def _version(program: Path) -> str:
+    answer = _ask([program, "--version"])
     version = answer.stdout.strip().rpartition(" ")[2]
     if answer.returncode != 0 or not version:
         said = answer.stderr.strip() or f"exit status {answer.returncode}"
@@ -297,11 +310,6 @@ def _version(program: Path) -> str:
     return version
 
 
-def _lacks_build_users() -> bool:
-    """Whether nix may want build users that are not there: it does so only when run as root."""
-    return os.geteuid() == 0 and not _has_members("nixbld")
-
-
 def _has_members(group: str) -> bool:
     try:
         return bool(grp.getgrnam(group).gr_mem)
@@ -309,21 +317,15 @@ def _has_members(group: str) -> bool:
         return False
 
 
-def _setting(nix: Nix, name: str) -> str:
-    """Return what nix itself takes for a setting (nix.conf, NIX_CONFIG and defaults together)."""
+def _settings(nix: Nix) -> dict[str, str]:
+    """Return what nix itself goes by: nix.conf, NIX_CONFIG, defaults and our options together."""
+    options = [word for option in nix.options for word in ("--option", *option)]
     for command in (["show-config"], ["config", "show"]):  # up to 2.19, and from 2.20 on
-        argv = [str(nix.program), *_FEATURES, *command]
-        for option, value in nix.options:
-            argv += ["--option", option, value]
-        try:
-            ended = process.run(argv, timeout=30)
-        except (process.ProgramTimeoutError, OSError):
-            continue
-        if ended.returncode == 0:
-            text = ended.stdout.decode(errors="replace")
-            found = re.search(rf"^{re.escape(name)} =(.*)$", text, re.MULTILINE)
-            return found[1].strip() if found else ""
-    return ""
+        answer = _ask([nix.program, *_FEATURES, *command, *options])
+        if answer.returncode == 0:
+            pairs = (line.partition(" =") for line in answer.stdout.splitlines())
+            return {name: value.strip() for name, equals, value in pairs if equals}
+    return {}
 
 
 def _configuration_files() -> list[list[str]]:
