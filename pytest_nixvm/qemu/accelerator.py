@@ -110,7 +110,7 @@ def choose(qemu: Path, requested: str, cache: Path) -> Accelerator:
         remembered = _remembered(cache, key)
         if remembered is not None and (remembered.name == "kvm" or requested == "auto"):
             return remembered
-        trouble = trial(qemu, "kvm")
+        trouble = trial(qemu, "kvm", TRIAL_TIMEOUT)
         reason = "a trial guest ran"
         result = Accelerator("kvm", reason) if trouble is None else Accelerator("tcg", trouble)
         _remember(cache, key, result)
@@ -148,7 +148,7 @@ def _unusable(qemu: Path) -> str | None:
     return None if version == 12 else f"{KVM_DEVICE} has API version {version}, not 12"
 
 
-def trial(qemu: Path, accelerator: str, timeout: float = TRIAL_TIMEOUT) -> str | None:
+def trial(qemu: Path, accelerator: str, timeout: float) -> str | None:
     """Boot the boot sector and return None if it ran, else what happened instead.
 
     It runs under a supervisor of its own, so that a QEMU that hangs does not outlive us either.
@@ -160,7 +160,7 @@ def trial(qemu: Path, accelerator: str, timeout: float = TRIAL_TIMEOUT) -> str |
     try:
         directory = supervisor.make_directory(Path(tempfile.gettempdir()), "nixvm-trial-")
         disk, log = directory / "disk", directory / "log"
-        disk.write_bytes(BOOT_SECTOR)
+        disk.write_bytes(BOOT_SECTOR.ljust(1 << 20, b"\0"))  # a disk must have a cylinder
         process = supervisor.spawn(
             [
                 str(qemu), "-machine", f"accel={accelerator}", "-cpu", "max", "-m", "32",

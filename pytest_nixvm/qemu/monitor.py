@@ -105,6 +105,7 @@ class Monitor:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.setblocking(False)
+            path.unlink(missing_ok=True)
             self._listener.bind(str(path))
             self._listener.listen(1)
         except OSError:

@@ -250,12 +250,11 @@ class Supervisor:
         except QemuError:
             if self._lost is None:
                 raise
-            # The supervisor is gone: its end, or `_end_without_supervisor`, has killed it.
-            process.wait(_END_TIMEOUT)
+            # The supervisor is gone, and its VMs with it: see `_gone`.
+            process._ended.wait(_END_TIMEOUT)
             return
         # The exit was reported before the answer, in order.
-        process.wait(_KILL_TIMEOUT)
-        self._forget(process)
+        process._ended.wait(_KILL_TIMEOUT)
 
     def _forget(self, process: Process) -> None:
         with self._lock:
@@ -322,7 +321,7 @@ class Supervisor:
                         answer.event.set()
                 elif message["event"] == "exit":
                     with self._lock:
-                        process = self._processes.get(message["vm"])
+                        process = self._processes.pop(message["vm"], None)
                     if process is not None:
                         process._exited(message["returncode"])
                 else:

@@ -1,0 +1,211 @@
+"""A running QEMU: power, forwarded ports, the screen, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import threading
+from pathlib import Path
+
+from pytest_nixvm.errors import QemuError, QmpError
+from pytest_nixvm.qemu.monitor import Monitor
+from pytest_nixvm.qemu.output import full_disk, quote, read_end
+from pytest_nixvm.qemu.spec import LaunchSpec
+from pytest_nixvm.qemu.supervisor import Process, describe_status
+from pytest_nixvm.wait import timed_out
+
+_SHUTDOWN_REASONS = {
+    "guest-shutdown": "the guest shut down",
+    "guest-reset": "the guest rebooted, and its command line forbids that",
+    "guest-panic": "the guest's kernel panicked",
+    "host-qmp-quit": "QMP's quit was called",
+    "host-signal": "a signal ended it",
+    "host-error": "an error on the host ended it",
+    "subsystem-reset": "a subsystem was reset",
+}
+
+
+class Qemu:
+    """One running QEMU. All methods may be called from several threads."""
+
+    def __init__(
+        self, spec: LaunchSpec, process: Process, monitor: Monitor, started_in: float
+    ) -> None:
+        self.spec = spec
+        self.process = process
+        self.monitor = monitor
+        self.started_in = started_in  # seconds from the script's start to the first answer
+        self.agent_socket = spec.agent_socket
+        self.shell_socket = spec.shell_socket
+        self.console_socket = spec.console_socket
+        self.console_log = spec.console_log
+        self.pid = monitor.pid or process.pid
+        self.argv = _command_line(self.pid)  # as QEMU got it, () if it was already gone
+        self._killed = False
+        self._forwarding = threading.Lock()
+        monitor.describe_end = self.cause_of_death
+
+    def __repr__(self) -> str:
+        return f"<Qemu {self.spec.name} pid={self.pid} {'alive' if self.alive else 'gone'}>"
+
+    @property
+    def alive(self) -> bool:
+        """Whether QEMU runs (a paused or panicked guest's does)."""
+        return self.process.returncode is None and self.monitor.connected
+
+    # --- power ---
+
+    def powerdown(self) -> None:
+        """Press the power button (ACPI); the guest decides. See `wait_exit`."""
+        self.monitor.execute("system_powerdown")
+
+    def reset(self) -> None:
+        """Press the reset button: the guest starts anew at once, disks as they are."""
+        self.monitor.execute("system_reset")
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        self.monitor.execute("stop")
+
+    def resume(self) -> None:
+        """Let the guest's processors go on."""
+        self.monitor.execute("cont")
+
+    def kill(self) -> None:
+        """End it at once with its helpers; return when they are dead. May be called twice."""
+        if self.process.returncode is None:
+            self._killed = True
+        try:
+            self.process.kill()
+        finally:
+            self.monitor.close()
+
+    def wait_exit(self, timeout: float) -> int:
+        """Wait until QEMU has ended and return its exit status (negative for a signal).
+
+        Raises `WaitTimeoutError` after `timeout` seconds.
+        """
+        try:
+            return self.process.wait(timeout)
+        except TimeoutError:
+            raise timed_out(f"{self.spec.name}'s QEMU to end", timeout) from None
+
+    def cause_of_death(self) -> str:
+        """Say how QEMU ended: who ended it, its exit status or signal, its last words."""
+        if self.alive:
+            return "it is running"
+        # The monitor's end is seen a moment before the process's.
+        with contextlib.suppress(TimeoutError):
+            self.process.wait(1.0)
+        status = self.process.returncode
+        if self._killed:
+            return "it was killed by the tests"
+        if status is None:
+            return "QEMU closed its monitor, but its start script still runs"
+        ended = f"QEMU ended with {describe_status(status)}"
+        shutdowns = self.monitor.events("SHUTDOWN")
+        if shutdowns:
+            reason = str(shutdowns[-1].data.get("reason", ""))
+            ended = f"{_SHUTDOWN_REASONS.get(reason, reason or 'it was shut down')}; {ended}"
+        if self.monitor.events("GUEST_PANICKED"):
+            ended = f"the guest's kernel had panicked; {ended}"
+        said = read_end(self.spec.qemu_log)
+        if status != 0 and said.strip():
+            ended += f"{full_disk(said, self.spec.places)}\nIts last words:\n{quote(said, 15)}"
+        return ended
+
+    # --- network ---
+
+    def forward(self, guest_port: int) -> int:
+        """Forward a free port of 127.0.0.1, chosen by QEMU, to a TCP port of the guest.
+
+        Return the host's port. That it accepts connections proves nothing about the guest: QEMU
+        accepts first. Raises `QemuError` if the VM has no user-mode network.
+        """
+        netdev = self._user_netdev()
+        with self._forwarding:
+            before = self._forwards(netdev)
+            said = self.monitor.hmp(f"hostfwd_add {netdev} tcp:127.0.0.1:0-:{guest_port}").strip()
+            if said:
+                raise QemuError(
+                    f"{self.spec.name}: QEMU can't forward a port to port {guest_port}: {said}"
+                )
+            new = self._forwards(netdev) - before
+        ports = [host for host, guest in new if guest == guest_port]
+        if not ports:
+            raise QemuError(
+                f"{self.spec.name}: QEMU forwards a port to port {guest_port}, but does not say "
+                f"which:\n{self.monitor.hmp('info usernet')}"
+            )
+        return ports[0]
+
+    def _user_netdev(self) -> str:
+        for option, value in itertools.pairwise(self.argv):
+            if option in ("-netdev", "-nic", "-net", "--netdev", "--nic", "--net") and re.match(
+                r"(type=)?user\b", value
+            ):
+                match = re.search(r"\bid=([^,]+)", value)
+                if match:
+                    return match[1]
+        raise QemuError(
+            f"{self.spec.name} has no user-mode network (`-netdev user,id=…`) on its QEMU command "
+            "line, so no port can be forwarded into it. Does its configuration replace "
+            "virtualisation.qemu.networkingOptions?"
+        )
+
+    def _forwards(self, netdev: str) -> set[tuple[int, int]]:
+        """Return (host port, guest port) of the TCP forwards of `netdev`.
+
+        `info usernet` prints a line for each back end, then a table:
+
+            Hub -1 (user.0):
+              Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ
+              TCP[HOST_FORWARD]  12       127.0.0.1 36519       10.0.2.15    22     0     0
+        """
+        found = set()
+        ours = True
+        for line in self.monitor.hmp("info usernet").splitlines():
+            header = re.match(r"\S.*?\(?([^\s()]+)\)?:\s*$", line)
+            if header:
+                ours = header[1] == netdev
+                continue
+            match = re.match(r"\s*TCP\[HOST_FORWARD\]\s+-?\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)\b", line)
+            if match and ours:
+                found.add((int(match[1]), int(match[2])))
+        return found
+
+    # --- screen ---
+
+    def screenshot(self, path: Path) -> Path:
+        """Write the screen as PNG to `path` and return it.
+
+        Raises `QmpError` if the VM has no display device, or QEMU can't write there.
+        """
+        if not self._has_display():
+            raise QmpError(f"{self.spec.name} has no display device, so it has no screen to show.")
+        path = path.absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.monitor.execute("screendump", {"filename": str(path), "format": "png"}, timeout=20)
+        return path
+
+    def _has_display(self) -> bool:
+        # Without one, QEMU would show the text console that it makes for the parallel port.
+        consoles = [
+            entry["name"]
+            for entry in self.monitor.execute("qom-list", {"path": "/backend"})
+            if entry["name"].startswith("console[")
+        ]
+        return any(
+            self.monitor.execute("qom-get", {"path": f"/backend/{name}", "property": "device"})
+            for name in consoles
+        )
+
+
+def _command_line(pid: int) -> tuple[str, ...]:
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(argument) for argument in raw.split(b"\0")[:-1])
