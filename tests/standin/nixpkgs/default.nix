@@ -1,0 +1,2 @@
+{ system ? builtins.currentSystem, overlays ? [ ], config ? { }, ... }@args:
+import ./pkgs { lib = import ./lib; inherit system overlays; }

@@ -1,0 +1,72 @@
+"""Write $out/etc (what /etc/static shows), $out/links (what is copied to /etc), $out/scripts (of units).
+
+In: $specPath, JSON with `files` (environment.etc), `units` (name → {text, links, scripts, dropin}) and `info` (of the base).
+A file of mode "symlink" becomes a link to /etc/static; any other mode is a copy, listed in $out/copies with mode and owner.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+out = Path(os.environ["out"])
+spec = json.loads(Path(os.environ["specPath"]).read_text())
+etc, links, scripts = out / "etc", out / "links", out / "scripts"
+system = etc / "systemd" / "system"
+for directory in (system, links, scripts):
+    directory.mkdir(parents=True)
+debian_units = set((Path(spec["info"]) / "units").read_text().split())
+
+
+def link(path: Path, target: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or path.exists():
+        path.unlink()
+    path.symlink_to(target)
+
+
+for name, unit in spec["units"].items():
+    for script, text in unit["scripts"].items():
+        path = scripts / script
+        path.write_text(text)
+        path.chmod(0o755)
+    text = unit["text"].replace("@scripts@", str(scripts))
+    template = name.split("@")[0] + "@." + name.rsplit(".", 1)[-1] if "@" in name else name
+    shipped = name in debian_units or template in debian_units
+    if not unit["enable"]:
+        link(system / name, "/dev/null")
+        continue
+    if shipped and unit["override"]:
+        path = system / f"{name}.d" / "overrides.conf"
+    else:
+        path = system / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    for kind in ("wants", "requires", "upholds"):
+        for target in unit[kind]:
+            source = f"/usr/lib/systemd/system/{template}" if shipped and unit["override"] else f"../{template}"
+            link(system / f"{target}.{kind}" / name, source)
+    for alias in unit["aliases"]:
+        link(system / alias, name)
+
+copies = []
+for file in spec["files"]:
+    path = etc / file["target"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file["text"] is not None:
+        path.write_text(file["text"])
+    elif file["source"] is not None:
+        link(path, file["source"])
+    else:
+        sys.exit(f"environment.etc.{file['target']} has neither text nor source")
+    if file["target"].startswith("systemd/system/"):
+        continue  # that directory is one link
+    shown = links / file["target"]
+    shown.parent.mkdir(parents=True, exist_ok=True)
+    if file["mode"] in ("symlink", "direct-symlink"):
+        shown.symlink_to(f"/etc/static/{file['target']}")
+    else:
+        copies.append(f"{file['mode']} {file['user'].lstrip('+')} {file['group'].lstrip('+')} {file['target']}\n")
+(links / "systemd").mkdir(exist_ok=True)
+(links / "systemd" / "system").symlink_to("/etc/static/systemd/system")
+(out / "copies").write_text("".join(copies))

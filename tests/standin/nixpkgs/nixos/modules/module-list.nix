@@ -1,0 +1,12 @@
+[
+  ./accepted.nix
+  ./environment.nix
+  ./misc.nix
+  ./network.nix
+  ./services.nix
+  ./ssh.nix
+  ./system.nix
+  ./systemd.nix
+  ./users.nix
+  ./virtualisation/build-vm.nix
+]

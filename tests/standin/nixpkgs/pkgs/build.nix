@@ -1,0 +1,49 @@
+# How things are built: with the host's programs, outside of any sandbox. Debian packages come from `prepare`'s lock.
+{ lib, system, lock }:
+rec {
+  run = name: env: script: derivation ({
+    inherit name system;
+    builder = "/bin/sh";
+    args = [ "-euc" script ];
+    PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    preferLocalBuild = true;
+    allowSubstitutes = false;
+  } // env);
+  # The same as somebody who may chown: for images.
+  runAsRoot = name: env: script: run name ({ builder = "/usr/bin/fakeroot"; args = [ "/bin/bash" "-euc" script ]; } // env) script;
+
+  # A downloaded package. `prepare` has put it into the store already; nix fetches it again after a garbage collection.
+  deb = name: derivation {
+    name = "${name}.deb";
+    system = "builtin";
+    builder = "builtin:fetchurl";
+    inherit (lock.debs.${name}) url;
+    urls = [ lock.debs.${name}.url ];
+    outputHashMode = "flat";
+    outputHashAlgo = "sha256";
+    outputHash = lock.debs.${name}.sha256;
+    preferLocalBuild = true;
+    executable = false;
+    unpack = false;
+    impureEnvVars = [ "http_proxy" "https_proxy" "no_proxy" ];
+  };
+
+  writeTextFile = { name, text, executable ? false, destination ? "", meta ? { }, ... }:
+    run name { inherit text; passAsFile = [ "text" ]; } ''
+      target="$out${destination}"; mkdir -p "''${target%/*}"; cp "$textPath" "$target"
+      ${lib.optionalString executable "chmod 755 \"$target\""}
+    '' // { inherit meta; };
+  writeText = name: text: writeTextFile { inherit name text; };
+  writeTextDir = path: text: writeTextFile { name = baseNameOf path; destination = "/${path}"; inherit text; };
+  writeScript = name: text: writeTextFile { inherit name text; executable = true; };
+  writeScriptBin = name: text: writeTextFile { inherit name text; executable = true; destination = "/bin/${name}"; meta.mainProgram = name; };
+  runCommand = name: env: script: run name env ''export out; ${script}'';
+  runCommandLocal = runCommand;
+  symlinkJoin = { name, paths, postBuild ? "", ... }: run name { paths = map toString paths; } ''
+    mkdir -p $out; for p in $paths; do cp -rs --no-preserve=mode "$p/." $out/; done
+    ${postBuild}
+  '';
+  linkFarm = name: entries: run name { } ("mkdir -p $out; cd $out\n" + lib.concatMapStrings (e: ''
+    mkdir -p "$(dirname ${lib.escapeShellArg e.name})"; ln -s ${e.path} ${lib.escapeShellArg e.name}
+  '') (if lib.isList entries then entries else lib.mapAttrsToList (name: path: { inherit name path; }) entries));
+}
