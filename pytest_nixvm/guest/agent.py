@@ -25,10 +25,13 @@ from pytest_nixvm.wait import Deadline
 
 T = TypeVar("T")
 
+ASK_AGAIN = 3.0
+"""Seconds after which an unanswered `guest-sync` is sent again, the first time."""
+
 _CHUNK = 1024 * 1024
 _SETUP = (
     "if [ -r /etc/set-environment ]; then . /etc/set-environment; "
-    "elif [ -r /etc/profile ]; then . /etc/profile; fi >/dev/null 2>&1; "
+    "elif [ -r /etc/profile ]; then . /etc/profile; fi >/dev/null 2>&1"
 )
 
 
@@ -141,7 +144,7 @@ class Agent:
         only because a reboot, or a restart of the agent, can swallow one; answers to earlier ones
         are dropped.
         """
-        pause = 3.0
+        pause = ASK_AGAIN
         while True:
             client = await self._connected()
             number = secrets.randbelow(2**31)
@@ -333,7 +336,7 @@ class Agent:
             bash = "/run/current-system/sw/bin/bash"
             places = [bash, "/bin/bash"]
             self._shell = [next((place for place in places if self.exists(place)), "/bin/sh"), "-c"]
-        return [*self._shell, f'{_SETUP}eval "$1"', "sh", command]
+        return [*self._shell, f"{_SETUP}\n{command}"]
 
     # --- on the I/O thread -----------------------------------------------------------------
 

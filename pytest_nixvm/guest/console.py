@@ -23,13 +23,14 @@ LONGEST_MATCH = 16 * 1024
 
 _BLOCK = 64 * 1024
 _ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"\r\x1b\[\d+C"  # to a column of the same line (fish, after its prompt)
+    r"|\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC: window titles, systemd's context marks
     r"|\x1b[PX^_][^\x1b]*\x1b\\"  # DCS, SOS, PM, APC
     r"|\x1b[ -/]*[0-OQ-WYZ\\`-~]"  # everything of two or three characters
     r"|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]"
 )
-_UNFINISHED = re.compile(r"(?:\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)?|\r+)\Z")
+_UNFINISHED = re.compile(r"(?:\r*\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?|[ -/]*)?|\r+)\Z")
 
 
 class Cleaner:
@@ -104,7 +105,7 @@ class Console(asyncio.Protocol):
         except (TimeoutError, OSError) as error:
             raise MachineGoneError(
                 f"No connection to the serial console's socket {self._socket} "
-                f"within {timeout:g} s: {error or 'it is not there'}."
+                f"within {timeout:g} s: {str(error) or 'it is not there'}."
             ) from error
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from pytest_nixvm.guest.terminal import (
     LOGIN,
     PASSWORD,
     PROMPT,
+    QUESTION,
     REFUSED,
     command_lines,
     settle_in,
@@ -25,7 +26,7 @@ from pytest_nixvm.wait import Deadline
 
 __all__ = ["Console", "Serial", "Spawn"]
 
-_QUIET = 0.4
+_QUIET = 0.25
 """Seconds without output after which the last line is taken for a prompt."""
 
 
@@ -136,8 +137,10 @@ class Serial:
         """Wait until the console waits for somebody: "login", "password", "shell" or "refused".
 
         After `patience` seconds without any output an empty line is sent, which brings a prompt
-        back; not earlier, because it would be taken for an empty password.
+        back; not earlier, because it would be taken for an empty password. A line that comes back
+        unchanged is taken for the prompt of a shell, whatever it looks like.
         """
+        asked = ""
         while True:
             deadline.check("a log-in prompt or a shell on the serial console", self._saw())
             if self.console.closed:
@@ -151,11 +154,14 @@ class Serial:
                     return "login"
                 if PASSWORD.search(line):
                     return "password"
-                if not self.console.wait_beyond(mark, _QUIET) and PROMPT.search(line):
+                prompt = PROMPT.search(line) or (line.strip() and line == asked)
+                if prompt and not self.console.wait_beyond(mark, _QUIET):
                     return "shell"
             if not self.console.wait_beyond(mark, deadline.remaining(patience)):
                 patience = min(patience * 2, 10)
-                self.console.send(b"\x15\r")
+                if not QUESTION.search(line) or LOGIN.search(line):
+                    asked = line
+                    self.console.send(b"\x15\r")
 
     def _settle_in(self, deadline: Deadline) -> str | None:
         """Make the shell at the prompt ours; return its user, None if that was no shell."""
@@ -168,7 +174,8 @@ class Serial:
             found = self.console.wait_for(rf"nixvm-{token}-shell-(.*)-\n", seconds, since)
             if found.group(1):
                 # fish has another language; whoever has fish has bash on NixOS.
-                self.console.wait_for(PROMPT, seconds, self.console.mark())
+                prompt = rf"nixvm-{token}-shell-.*-\n(?:.*\n)*.*{PROMPT.pattern}"
+                self.console.wait_for(prompt, seconds, since)
                 since = self.console.mark()
                 self.send("exec bash --norc --noprofile\n")
                 self.console.wait_for(PROMPT, seconds, since)

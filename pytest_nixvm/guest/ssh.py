@@ -27,7 +27,7 @@ from pytest_nixvm.guest.ssh_run import WINDOW, Collected, collect, make_transpor
 from pytest_nixvm.guest.sshd import SshAccess, explain
 from pytest_nixvm.wait import Deadline
 
-LOGIN_TIMEOUT = 30.0
+LOGIN_TIMEOUT = 20.0
 """Seconds for the connection, sshd's banner, the log-in and a channel, each."""
 
 _LOOPBACK = "127.0.0.1"
@@ -126,7 +126,8 @@ class Ssh:
                 self.port,
                 self.user,
                 pkey=paramiko.Ed25519Key.from_private_key_file(str(self._keys.private)),
-                timeout=LOGIN_TIMEOUT,
+                # Longer than the rest: when this one ends first, paramiko's error is a riddle.
+                timeout=LOGIN_TIMEOUT + 5,
                 banner_timeout=LOGIN_TIMEOUT,
                 auth_timeout=LOGIN_TIMEOUT,
                 channel_timeout=LOGIN_TIMEOUT,

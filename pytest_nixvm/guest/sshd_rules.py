@@ -218,11 +218,13 @@ def _first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:
 
 def _first_user_match(patterns: Iterable[str], user: str) -> str | None:
     """Return the first pattern that means `user` coming from `SLIRP_HOST`."""
-    for pattern in patterns:
-        name, at, host = pattern.partition("@")
-        if _match(name, user) and (not at or _match_host(host)):
-            return pattern
-    return None
+    return next((each for each in patterns if user_matches(each, user)), None)
+
+
+def user_matches(pattern: str, user: str) -> bool:
+    """Whether a pattern of AllowUsers or DenyUsers means `user` coming from `SLIRP_HOST`."""
+    name, at, host = pattern.partition("@")
+    return _match(name, user) and (not at or _match_host(host))
 
 
 def _match_host(pattern: str) -> bool:

@@ -15,6 +15,9 @@ REFUSED = re.compile(
 PROMPT = re.compile(r"(?:[#$%❯»λ]|(?<!>)>) ?\Z")
 """The end of most shells' prompts: `[root@host:~]# `, `$ `, `host% `, `❯ `."""
 
+QUESTION = re.compile(r"(?i)pass(?:phrase|word|code)|[:?] *\Z")
+"""A line that asks for something else: an empty answer might do harm (a disk's passphrase)."""
+
 KERNEL_LINE = re.compile(r"\[ *\d{1,6}\.\d{6}\](?:\[ *[TC]\d+\])? [^\n]*\n")
 """A message of the kernel, which goes to the console in the middle of whatever is being printed."""
 
