@@ -25,10 +25,9 @@ _MISSING_FILE = (
     # nix up to 2.18 or so, then its successors
     re.compile(r"getting status of '(?P<path>[^']+)': No such file or directory"),
     re.compile(r"(?:opening file|reading directory|cannot read) '(?P<path>[^']+)'"),
-    re.compile(r"path '(?P<path>[^']+)' does not exist"),
     re.compile(r"[Pp]ath '(?P<path>[^']+)' in the repository .* is not tracked by Git"),
     re.compile(r"source tree referenced by '.*' does not contain (?:a )?'(?P<path>[^']+)'"),
-    re.compile(r"'(?P<path>[^']+)' does not exist in Git repository"),
+    re.compile(r"'(?P<path>[^']+)' does not exist"),
 )
 
 _NETWORK = re.compile(
@@ -89,8 +88,8 @@ def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
     known = (
         _disk_full(error, failure.log)
         or _missing_file(error, subject)
-        or _unreachable(error, failure.log, subject)
         or _store(error)
+        or _unreachable(error, failure.log, subject)
         or _awkward_name(error, subject)
         or _no_flake(error, subject)
     )
@@ -113,7 +112,7 @@ def build_failed(failure: NixFailure, subject: Subject, log_file: Path | None) -
     for error in log.errors:  # the first is the cause, the others depend on it
         for pattern in _BUILDER_FAILED:
             found = pattern.search(error.text)
-            if found and not derivation:
+            if found and not derivation and "dependenc" not in found["how"]:
                 derivation, how = found["drv"], found["how"].strip()
     if not derivation:
         text = f"Nix can't build {subject.what}:\n{_render(log.error, subject)}"
@@ -260,7 +259,7 @@ def _reason(text: str) -> str:
     for pattern, reason in (
         (r"[Cc]ould ?n[o']t resolve host", "no network, or no such host"),
         (r"[Tt]imed? ?out|Timeout", "the server does not answer"),
-        (r"refused|Failed to connect|unreachable", "the server can't be reached"),
+        (r"refused|Failed to connect|not connect|unreachable", "the server can't be reached"),
         (r"HTTP error 404|not found", "there is nothing at this address"),
         (r"HTTP error 40[13]|[Aa]uthentication|terminal prompts disabled", "access is denied"),
     ):
@@ -383,8 +382,9 @@ def _last(log: Log) -> str:
 
 
 def _failed(how: str) -> str:
-    how = how.removeprefix("builder ").removeprefix("failed ").strip()
-    return f"failed {how}".strip() if how else "failed"
+    """Return what became of a builder, from the various ways nix says it."""
+    how = re.sub(r"^(?:builder )?(?:failed )?", "", how.strip(" .:"))
+    return f"failed {how}" if how else "failed"
 
 
 def _first(text: str) -> str:

@@ -132,7 +132,7 @@ def _read(
     return bytes(out)
 
 
-def _end(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+def _end(process: subprocess.Popen[bytes], grace: float = 2.0) -> None:
     """Stop what still runs: first politely, since nix then stops its builders itself."""
     if process.poll() is not None:
         return

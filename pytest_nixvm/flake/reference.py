@@ -60,7 +60,7 @@ def locate(text: str, cwd: Path) -> tuple[str, Path | None]:
     scheme = _SCHEME.match(text)
     if scheme is None:
         path = (cwd / Path(text).expanduser()).absolute()
-        looks_like_path = text.startswith((".", "/", "~")) or path.is_dir()
+        looks_like_path = text.startswith((".", "/", "~")) or path.exists()
         if not looks_like_path and _REGISTRY_NAME.fullmatch(text):
             return f"flake:{text}", None
         # `nix` takes DIR?dir=sub as well.

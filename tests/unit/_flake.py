@@ -42,17 +42,22 @@ let
     let
       defaults = { networking.hostName = "nixos"; test.build = ""; test.vm = true;
                    services.qemuGuest.enable = inVm; virtualisation = { }; };
-      merged = foldl' merge defaults (map (m: if isFunction m then m { inherit config force; } else m) modules);
+      call = m: if isFunction m then m { inherit config force; } else m;
+      merged = foldl' merge defaults (map call modules);
+      variant = modules ++ [ { virtualisation = { }; } (merged.virtualisation.vmVariant or { }) ];
       config = strip (removeAttrs merged [ "virtualisation" ]) // {
         virtualisation = (if inVm then strip merged.virtualisation else { }) // {
-          vmVariant = evaluate true (modules ++ [ { virtualisation = { }; } (merged.virtualisation.vmVariant or { }) ]);
+          vmVariant = evaluate true variant;
         };
-        system.build = { inherit toplevel; } // (if !config.test.vm then { } else if inVm then { inherit vm; }
+        system.build = { inherit toplevel; } // (
+          if !config.test.vm then { }
+          else if inVm then { inherit vm; }
           else { inherit (config.virtualisation.vmVariant.system.build) vm; });
       };
       toplevel = build "nixos-system-${config.networking.hostName}" ''
         ${config.test.build}
-        mkdir $out; echo agent ${if config.services.qemuGuest.enable then "on" else "off"} > $out/what'';
+        mkdir $out
+        echo agent ${if config.services.qemuGuest.enable then "on" else "off"} > $out/what'';
       vm = build "nixos-vm" ''
         mkdir -p $out/bin; ln -s ${toplevel} $out/system
         echo exec qemu > $out/bin/run-${config.networking.hostName}-vm'';
@@ -68,7 +73,11 @@ in {
 FLAKE = """{{ outputs = {{ self }}: let nixosSystem = import ./system.nix; in {{ {body} }}; }}"""
 
 # `hostName` also makes a build one of its own: nothing is in the store already.
-MACHINE = 'nixosConfigurations."{name}" = nixosSystem {{ modules = [ {{ networking.hostName = "{host}"; }} {more} ]; }};'
+MACHINE = """
+nixosConfigurations."{name}" = nixosSystem {{
+  modules = [ {{ networking.hostName = "{host}"; }} {more} ];
+}};
+"""
 
 
 def git(directory: Path, *arguments: str) -> str:

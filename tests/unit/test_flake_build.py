@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from _flake import Seen, Workshop, evaluations, git, machine, needs_nix, write_flake
+
 from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, NotAVirtualMachineError
 from pytest_nixvm.flake import MachineInfo, Override
 
@@ -26,8 +26,10 @@ def shop(tmp_path: Path) -> Workshop:
 def own_build(flake: Path, attribute: str) -> str:
     """What the user gets for an attribute without us."""
     done = subprocess.run(
-        ["nix", "--extra-experimental-features", "nix-command flakes", "eval", "--raw"]
-        + ["--no-write-lock-file", f"{flake}#{attribute}.outPath"],
+        [
+            *("nix", "--extra-experimental-features", "nix-command flakes"),
+            *("eval", "--raw", "--no-write-lock-file", f"{flake}#{attribute}.outPath"),
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -60,9 +62,9 @@ def test_an_agent_that_was_turned_off_is_turned_on_and_reported(
 ) -> None:
     off = "services.qemuGuest.enable = force false;"
     if direct == "false":
-        off = "virtualisation.vmVariant = { %s virtualisation.memorySize = 512; };" % off
-    body = machine("vm", shop.tmp.name, "({ force, ... }: { %s })" % off)
-    body = body.replace("nixosSystem {", "nixosSystem { direct = %s;" % direct)
+        off = f"virtualisation.vmVariant = {{ {off} virtualisation.memorySize = 512; }};"
+    body = machine("vm", shop.tmp.name, f"({{ force, ... }}: {{ {off} }})")
+    body = body.replace("nixosSystem {", f"nixosSystem {{ direct = {direct};")
     vm = shop.flake(write_flake(shop.tmp / "config", body)).build("vm")
     assert vm.toplevel is not None
     assert (vm.toplevel / "what").read_text() == "agent on\n"
@@ -90,11 +92,11 @@ def test_the_machines_are_listed_in_one_evaluation(shop: Workshop) -> None:
     assert [i.attribute for i in found if i.name == "needs quotes"] == [
         'nixosConfigurations."needs quotes"'
     ]
-    with pytest.raises(FlakeError, match="pi of .* can't be tested here: it is for aarch64"):
+    with pytest.raises(FlakeError, match=r"pi of .* can't be tested here: it is for aarch64"):
         shop.flake(shop.tmp / "config").build("pi")
 
 
-@pytest.mark.parametrize("broken", ['throw "broken on purpose"', '1 + "a"', "abort \"no\""])
+@pytest.mark.parametrize("broken", ['throw "broken on purpose"', '1 + "a"', 'abort "no"'])
 def test_a_broken_host_does_not_hide_the_others(shop: Workshop, broken: str) -> None:
     pi = machine("pi", "pi").replace("nixosSystem {", 'nixosSystem { system = "aarch64-linux";')
     body = machine("good", shop.tmp.name) + pi + f"nixosConfigurations.bad = {broken};"
@@ -192,10 +194,11 @@ def test_a_build_that_fails_shows_its_log(shop: Workshop) -> None:
 
 
 def test_what_is_no_vm_is_said_to_be_none(shop: Workshop) -> None:
-    plain = 'derivation { name = "plain"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" ": > $out" ]; }'
+    plain = 'derivation { name = "plain"; builder = "/bin/sh"; args = [ "-c" ": > $out" ]; '
+    plain += 'system = "x86_64-linux"; }'
     body = machine("box", "box", "{ test.vm = false; }")
-    body += f'packages.x86_64-linux.plain = {plain}; packages.x86_64-linux.named = {plain} // {{ meta.mainProgram = "firefox"; }};'
-    body += "packages.x86_64-linux.text = { }; "
+    named = f'{plain} // {{ meta.mainProgram = "firefox"; }}'
+    body += f"packages.x86_64-linux = {{ plain = {plain}; named = {named}; text = {{ }}; }};"
     flake = write_flake(shop.tmp / "config", body)
     for name, message in {
         "box": "box of .*/config can't be built as a VM: it has no config.system.build.vm",

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from _flake import OPTIONS, Seen, Workshop, evaluations, git, machine, needs_nix, write_flake
+
 from pytest_nixvm.flake import Nix, evaluation, fingerprint, remember
 
 pytestmark = needs_nix
@@ -177,7 +177,9 @@ def test_an_input_that_nix_looks_up_afresh_is_never_remembered(shop: Workshop) -
     registry = shop.tmp / "registry.json"
     entry = {"from": {"type": "indirect", "id": "somewhere"}}
     registry.write_text(
-        json.dumps({"version": 2, "flakes": [entry | {"to": {"type": "git", "url": f"file://{lib}"}}]})
+        json.dumps(
+            {"version": 2, "flakes": [entry | {"to": {"type": "git", "url": f"file://{lib}"}}]}
+        )
     )
     nix = Nix.find(options=[*OPTIONS, ("flake-registry", str(registry))])
     assert looks_again(shop, config, nix=nix)
