@@ -79,10 +79,7 @@ def qmp(vm: Machine) -> Monitor:
 
 
 def _acquire(request: pytest.FixtureRequest, name: str) -> Machine:
-    run = request.config.stash[RUN]
-    if run.problem is not None:
-        pytest.fail(run.problem, pytrace=False)
     try:
-        return run.acquire(request.node, name)
+        return request.config.stash[RUN].acquire(request.node, name)
     except NixvmError as error:
         fail(error)

@@ -86,14 +86,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """Leave out tests of machines that are not selected; stop at mistakes found on the way."""
     run = config.stash[RUN]
     gone = [item for item in items if not run.is_selected(item)]
     if gone:
         items[:] = [item for item in items if item not in gone]
         config.hook.pytest_deselected(items=gone)
-    run.check(items)
+    run.check(session, items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

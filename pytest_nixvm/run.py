@@ -62,9 +62,15 @@ class Run:
         with capture.global_and_fixture_disabled():
             # A duplicate, because the capture replaces descriptor 1 while a test runs.
             stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="replace")
+
+        def before() -> None:
+            with capture.global_and_fixture_disabled():
+                reporter.ensure_newline()
+                reporter.flush()
+
         from pytest_nixvm.report.progress import TerminalProgress
 
-        return TerminalProgress(stream, live=stream.isatty(), before=reporter.ensure_newline)
+        return TerminalProgress(stream, live=stream.isatty(), before=before)
 
     @cached_property
     def fleet(self) -> Fleet:
@@ -122,7 +128,7 @@ class Run:
         # A name that nobody knows is not left out: `check` says that it is wrong.
         return selected.issuperset(names) or every.isdisjoint(names)
 
-    def check(self, items: list[pytest.Item]) -> None:
+    def check(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         """Raise `pytest.UsageError` for the mistakes that were found while collecting."""
         if not self._problems:
             for item in items:
@@ -130,9 +136,12 @@ class Run:
                     self._check(item)
                 except UserError as error:
                     self._problems.append(str(error))
-        if self._problems and not self.is_worker:
+        if self._problems:
+            message = "\n".join(dict.fromkeys(self._problems))
             items.clear()
-            raise pytest.UsageError("\n".join(dict.fromkeys(self._problems)))
+            if not self.is_worker:
+                raise pytest.UsageError(message)
+            items.append(Mistake.from_parent(session, name=message))
 
     def _check(self, item: pytest.Item) -> None:
         names = item_machines(item)
@@ -150,11 +159,6 @@ class Run:
                     f"{where}: the nixvm marker names {name!r}, which is no machine of "
                     f"{self.settings.flake}.{meant} Its machines: {', '.join(every)}."
                 )
-
-    @property
-    def problem(self) -> str | None:
-        """What a worker found wrong while collecting; its tests fail with it."""
-        return "\n".join(self._problems) or None
 
     def request(self, item: pytest.Item) -> MachineRequest:
         """Return what a test asks of its VM. Raises `SettingsError`."""
@@ -178,8 +182,15 @@ class Run:
         self._prepare(needed)
 
     def prepare_ids(self, ids: Iterable[str]) -> None:
-        """Build what the tests of these node ids need; only the controller has no more than ids."""
+        """Build what the tests of these node ids need: a controller has no more than ids.
+
+        Raises `pytest.UsageError`, also for the mistake that a worker reports as an id.
+        """
         text = "\n".join(ids)
+        if text.startswith(Mistake.PREFIX):
+            raise pytest.UsageError(text.removeprefix(Mistake.PREFIX))
+        if self.settings.flake is None:
+            return
         testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
         self._prepare(
             name for name in testable if re.search(rf"[\[+-]{re.escape(name)}[\]+-]", text)
@@ -251,6 +262,22 @@ class Run:
 
 
 RUN = pytest.StashKey[Run]()
+
+
+class Mistake(pytest.Item):
+    """What a worker found wrong while collecting, told to the controller in place of its tests.
+
+    Only node ids reach the controller before the first test runs.
+    """
+
+    PREFIX = "nixvm mistake: "
+
+    def __init__(self, *, name: str, parent: pytest.Session) -> None:
+        super().__init__(name, parent, nodeid=self.PREFIX + name)
+
+    def runtest(self) -> None:
+        """Never get here: the controller ends the run."""
+        raise pytest.UsageError(self.name)
 
 
 def marked_machines(node: pytest.Item) -> list[str]:
