@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +198,8 @@ class Nix:
         argv = [str(program), "--realise", what, "--add-root", str(root)]
         if self.offline:
             argv += ["--option", "substitute", "false"]
-        self._run(argv, timeout=timeout, watch=watch, write=write)
+        # On SIGTERM nix stops its builders, on SIGKILL what they started would stay behind.
+        self._run(argv, timeout=timeout, watch=watch, write=write, stop=signal.SIGTERM)
 
     def _json(
         self,
@@ -229,6 +231,7 @@ class Nix:
         timeout: float,
         watch: Watcher | None = None,
         write: Callable[[str], None] | None = None,
+        stop: signal.Signals = signal.SIGKILL,  # an evaluation may be deaf to SIGTERM
     ) -> tuple[bytes, Log]:
         argv += ["--log-format", "internal-json"]
         for name, value in self.options:
@@ -236,7 +239,12 @@ class Nix:
         log = Log(watch, write)
         try:
             ended = process.run(
-                argv, timeout=timeout, env=self._environment(), cwd=Path("/"), on_line=log.feed
+                argv,
+                timeout=timeout,
+                env=self._environment(),
+                cwd=Path("/"),
+                on_line=log.feed,
+                stop=stop,
             )
         except process.ProgramTimeoutError:
             raise NixFailure(log, timeout=timeout) from None

@@ -16,13 +16,12 @@ from pathlib import Path
 from pytest_nixvm.wait import Deadline
 
 # Started in its own session, so that Ctrl-C in a terminal reaches only us, nix would outlive a
-# pytest that is killed. PR_SET_PDEATHSIG (1) has the kernel send SIGTERM (15) then, on which nix
-# stops its builders (SIGKILL would leave those of a single-user install running). It is set
-# between fork and exec by this little program: `preexec_fn` is not safe beside threads. Costs
-# 15 ms. prctl(2); the parent may have died before the call, hence the look at getppid.
+# pytest that is killed. PR_SET_PDEATHSIG (1) has the kernel send a signal then. It is set between
+# fork and exec by this little program: `preexec_fn` is not safe beside threads. Costs 15 ms.
+# prctl(2); the parent may have died before the call, hence the look at getppid.
 _GUARD = (
-    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);"
-    "os.getppid()==int(sys.argv[1]) or sys.exit(1);os.execv(sys.argv[2],sys.argv[2:])"
+    "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,int(sys.argv[2]));"
+    "os.getppid()==int(sys.argv[1]) or sys.exit(1);os.execv(sys.argv[3],sys.argv[3:])"
 )
 
 # What git and nix would take from a surrounding git command (a commit hook that runs pytest):
@@ -63,11 +62,13 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], None] = lambda _: None,
+    stop: signal.Signals = signal.SIGKILL,
 ) -> Ended:
     """Run `argv` (its program as absolute path) and hand each line of stderr to `on_line`.
 
     Whatever ends this call (the program, `timeout` seconds, KeyboardInterrupt), the program and
-    the processes it started have ended too; even SIGKILL for our own process stops it.
+    the processes it started have ended too; even SIGKILL for our own process stops it. `stop` is
+    sent first: SIGTERM for a program that has to end others itself, and does so in time.
 
     Raises:
         ProgramTimeoutError: after `timeout` seconds.
@@ -75,7 +76,16 @@ def run(
     """
     command = list(argv)
     if sys.executable:
-        command = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *command]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _GUARD,
+            str(os.getpid()),
+            str(int(stop)),
+            *command,
+        ]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -89,7 +99,7 @@ def run(
         stdout = _read(process, Deadline(timeout), on_line)
         return Ended(process.wait(), stdout)
     finally:
-        _end(process)
+        _end(process, stop)
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
@@ -132,13 +142,13 @@ def _read(
     return bytes(out)
 
 
-def _end(process: subprocess.Popen[bytes], grace: float = 2.0) -> None:
-    """Stop what still runs: first politely, since nix then stops its builders itself."""
+def _end(process: subprocess.Popen[bytes], stop: signal.Signals, grace: float = 2.0) -> None:
+    """Stop what still runs, with all it started."""
     if process.poll() is not None:
         return
     others = _descendants(process.pid)
     try:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(stop)
         process.wait(grace)
     except subprocess.TimeoutExpired:
         pass

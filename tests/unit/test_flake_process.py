@@ -31,6 +31,13 @@ def running(mark: str) -> list[int]:
     return found
 
 
+def _line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def until(condition: Callable[[], object], seconds: float = 10) -> bool:
     end = time.monotonic() + seconds
     while not condition():
@@ -78,7 +85,7 @@ def test_a_process_that_keeps_the_pipes_open_does_not_hold_us(mark: str) -> None
 def test_a_program_that_ignores_sigterm_is_killed_with_its_children(mark: str) -> None:
     script = f"trap '' TERM; setsid sleep {mark} & sleep {mark}; sleep {mark}"
     with pytest.raises(ProgramTimeoutError):
-        process.run([SHELL, "-c", script], timeout=0.5)
+        process.run([SHELL, "-c", script], timeout=0.5, stop=signal.SIGTERM)
     assert running(mark) == []
 
 
@@ -124,6 +131,28 @@ def test_builders_end_with_us(tmp_path: Path, mark: str, number: signal.Signals)
         us.kill()
         us.wait()
         for pid in running(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+@needs_nix
+def test_an_evaluation_ends_with_us(tmp_path: Path) -> None:
+    loop = (
+        "let numbers = builtins.genList (n: n) 10000; count = depth: if depth == 0 then 0 else "
+        "builtins.foldl' (sum: _: sum + count (depth - 1)) 0 numbers; in count 6"
+    )
+    body = f"nixosConfigurations.vm.config.system.build.vm = {loop};"
+    flake = write_flake(tmp_path / "config", body, tracked=False)
+    script = BUILD.format(here=str(Path(__file__).parent), tmp=str(tmp_path))
+    us = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        assert until(lambda: any(b"plan" in _line(pid) for pid in running(f"path:{flake}")))
+        us.kill()
+        us.wait(10)
+        assert until(lambda: not running(f"path:{flake}"), 3)
+    finally:
+        us.kill()
+        us.wait()
+        for pid in running(f"path:{flake}"):
             os.kill(pid, signal.SIGKILL)
 
 
