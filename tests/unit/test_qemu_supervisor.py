@@ -18,6 +18,7 @@ import pytest
 from _qemu import Pipe, executable, marked, running, wait_gone
 
 from pytest_nixvm.errors import QemuError
+from pytest_nixvm.qemu import _supervise
 from pytest_nixvm.qemu.supervisor import Process, Supervisor
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +231,18 @@ def test_a_helper_without_our_marker_goes_with_the_last_vm(
     stray = int(pipe.read())
     process.kill()
     assert wait_gone(stray)
+
+
+def test_children_are_found_without_the_kernels_help_too(
+    supervisor: Supervisor, tmp_path: Path, pipe: Pipe
+) -> None:
+    process, pids = start_helpers(supervisor, tmp_path, pipe)
+    _, child, daemon = pids
+    assert _supervise.children(process.pid) == _supervise._children_by_scan(process.pid) == [child]
+    assert sorted(_supervise._children_by_scan(supervisor.pid)) == sorted([process.pid, daemon])
+    assert _supervise.children(child) == []
+    process.kill()
+    assert _supervise.children(process.pid) == []
 
 
 # --- the end ---
