@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +24,7 @@ from pytest_nixvm.guest import reap, transfer
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.guest.result import Command, CommandResult, display
-from pytest_nixvm.guest.ssh_run import WINDOW, Collected, collect, make_transport, remote_line
+from pytest_nixvm.guest.ssh_run import WINDOW, Collected, Streams, make_transport, remote_line
 from pytest_nixvm.guest.sshd import SshAccess, explain
 from pytest_nixvm.wait import Deadline
 
@@ -182,7 +183,9 @@ class Ssh:
             self._sessions.release()
 
     def _open(self, deadline: Deadline) -> paramiko.Channel:
-        for last_try in (False, True):
+        patience = Deadline(min(5.0, deadline.seconds))
+        broken = False
+        while True:
             with self._lock:
                 client = self._connected()
             transport = client.get_transport()
@@ -191,15 +194,23 @@ class Ssh:
                     raise paramiko.SSHException("the connection is closed")
                 seconds = max(1.0, deadline.remaining(LOGIN_TIMEOUT))
                 return transport.open_session(window_size=WINDOW, timeout=seconds)
-            except paramiko.ChannelException as error:
-                raise SshError(f"sshd opens no session for {self.user}: {error.text}.") from error
             except _TROUBLE as error:
+                if transport is not None and transport.is_active() and not _timed_out(error):
+                    # Refused, by a connection that lives: sshd counts a session that has ended
+                    # until it next tidies up, which can be after it reads our next request.
+                    # (Of two refusals at once paramiko hands out the reason to one thread only.)
+                    if patience.expired:
+                        raise SshError(
+                            f"sshd opens no session for {self.user}: {error}."
+                        ) from error
+                    time.sleep(0.01)
+                    continue
                 with self._lock:
                     if self._client is client:
                         self._drop()
-                if last_try:
+                if broken:
                     raise SshError(f"The SSH connection of {self.user} broke: {error}.") from error
-        raise SshError(f"There is no SSH connection of {self.user}.")
+                broken = True
 
     # --- commands ------------------------------------------------------------------------------
 
@@ -233,10 +244,17 @@ class Ssh:
                 channel.exec_command(line)
             except _TROUBLE as error:
                 raise SshError(f"`{display(command)}` could not be started: {error}.") from error
-            got = collect(channel, data, deadline)
-            if got.timed_out:
-                killed = self._kill(mark)
-                raise self._timeout(command, got, timeout, killed)
+            streams = Streams(channel, data)
+            try:
+                ended = streams.wait(deadline)
+                if not ended:
+                    status = channel.exit_status if channel.exit_status_ready() else None
+                    killed = self._kill(mark)
+                    streams.wait(Deadline(2 if killed else 0))  # for what was on its way
+            finally:
+                got = streams.finish()
+            if not ended:
+                raise self._timeout(command, replace(got, status=status), timeout, killed)
         if got.status is None:
             raise self._lost(command, got)
         duration = time.monotonic() - began
@@ -250,7 +268,9 @@ class Ssh:
             channel = self._open(deadline)
             try:
                 channel.exec_command(shlex.join(reap.argv(mark)))
-                return collect(channel, None, deadline).status == 0
+                streams = Streams(channel)
+                streams.wait(deadline)
+                return streams.finish().status == 0
             finally:
                 channel.close()
         return False
@@ -340,9 +360,18 @@ class Ssh:
     ) -> None:
         with self._session(deadline) as channel:
             channel.exec_command(line)
-            got = collect(channel, source, deadline, sink)
-        if got.timed_out:
+            streams = Streams(channel, source, sink)
+            try:
+                ended = streams.wait(deadline)
+            finally:
+                got = streams.finish()
+        if not ended:
             raise SshError(f"Copying {what} did not end within {deadline.seconds:g} s.")
         if got.status != 0:
             reason = got.stderr.decode("utf-8", "replace").strip() or f"status {got.status}"
             raise SshError(f"Copying {what} failed: {reason}.")
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether paramiko got no answer: the state of a connection from before a reboot."""
+    return isinstance(error, TimeoutError) or "timeout" in str(error).lower()

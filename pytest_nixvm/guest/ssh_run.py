@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import signal
@@ -20,6 +21,11 @@ from pytest_nixvm.wait import Deadline
 WINDOW = 8 * 1024 * 1024
 """Bytes that the guest may send ahead of us."""
 
+LOG_CHANNEL = "pytest_nixvm.paramiko"
+"""Where paramiko logs. It reports as errors what is tried again, and all else is raised by us."""
+
+logging.getLogger(LOG_CHANNEL).setLevel(logging.CRITICAL)
+
 _CHUNK = 64 * 1024
 _TICK = 0.25
 """Seconds after which a blocked stream looks at the clock; data wakes it at once."""
@@ -32,7 +38,6 @@ class Collected:
     stdout: bytes = b""
     stderr: bytes = b""
     status: int | None = None
-    timed_out: bool = False
 
 
 def remote_line(command: Command, env: Mapping[str, str]) -> str:
@@ -48,63 +53,65 @@ def remote_line(command: Command, env: Mapping[str, str]) -> str:
     return f"export {pairs}\n{line}" if pairs else line
 
 
-def collect(
-    channel: paramiko.Channel,
-    stdin: bytes | BinaryIO | None,
-    deadline: Deadline,
-    sink: BinaryIO | None = None,
-) -> Collected:
-    """Feed and read a channel on which a command was started, until all of it has ended.
+class Streams:
+    """The three streams of a channel on which a command was started.
 
-    Each stream has a thread of its own: they share one window, so that reading one after the other
-    would stop a command that writes much to the other (paramiko's own `exec_command` does). Stdout
-    goes to `sink` if one is given.
+    Each has a thread of its own: they share one window, so that reading one after the other would
+    stop a command that writes much to the other (paramiko's own `exec_command` does). Stdout goes
+    to `sink` if one is given.
     """
-    channel.settimeout(_TICK)
-    done = threading.Event()
-    out, err = sink if sink is not None else BytesIO(), BytesIO()
-    failures: list[BaseException] = []
 
-    def guarded(work: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        channel: paramiko.Channel,
+        stdin: bytes | BinaryIO | None = None,
+        sink: BinaryIO | None = None,
+    ) -> None:
+        channel.settimeout(_TICK)
+        self._channel = channel
+        self._done = threading.Event()
+        self._out, self._err = sink if sink is not None else BytesIO(), BytesIO()
+        self._failures: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), daemon=True)
+            for work in (
+                lambda: _read(channel.recv_stderr, self._err, self._done),
+                lambda: _read(channel.recv, self._out, self._done),
+                lambda: _feed(channel, stdin, self._done),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
-            failures.append(error)
+            self._failures.append(error)
 
-    threads = [
-        threading.Thread(target=guarded, args=(work,), daemon=True)
-        for work in (
-            lambda: _read(channel.recv_stderr, err, done),
-            lambda: _read(channel.recv, out, done),
-            lambda: _feed(channel, stdin, done),
-        )
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        for reader in threads[:2]:
+    def wait(self, deadline: Deadline) -> bool:
+        """Wait for the end of both outputs and the exit status; return whether they came."""
+        readers = self._threads[:2]
+        for reader in readers:
             reader.join(deadline.remaining())
-        channel.status_event.wait(deadline.remaining())
-    finally:
-        done.set()
-        for thread in threads:
+        self._channel.status_event.wait(deadline.remaining())
+        ended = self._channel.status_event.is_set()
+        return ended and not any(reader.is_alive() for reader in readers)
+
+    def finish(self) -> Collected:
+        """Stop the threads and return what there is. Raises what broke in one of them."""
+        self._done.set()
+        for thread in self._threads:
             thread.join(2 * _TICK + 1)
-    if failures:
-        raise failures[0]
-    got = Collected(stderr=err.getvalue())
-    if isinstance(out, BytesIO):
-        got.stdout = out.getvalue()
-    # paramiko says -1 when the channel was closed without a status.
-    if channel.status_event.is_set() and channel.exit_status >= 0:
-        got.status = channel.exit_status
-    got.timed_out = deadline.expired and not (_at_end(channel) and channel.status_event.is_set())
-    return got
-
-
-def _at_end(channel: paramiko.Channel) -> bool:
-    return bool(channel.closed or channel.eof_received) and not (
-        channel.recv_ready() or channel.recv_stderr_ready()
-    )
+        if self._failures:
+            raise self._failures[0]
+        got = Collected(stderr=self._err.getvalue())
+        if isinstance(self._out, BytesIO):
+            got.stdout = self._out.getvalue()
+        # paramiko says -1 when the channel was closed without a status.
+        if self._channel.status_event.is_set() and self._channel.exit_status >= 0:
+            got.status = self._channel.exit_status
+        return got
 
 
 def _read(receive: Callable[[int], bytes], into: BinaryIO, done: threading.Event) -> None:
@@ -142,6 +149,7 @@ def make_transport(*args: Any, **options: Any) -> paramiko.Transport:
     broke. Here the exit status becomes 128 + the signal's number, as in a shell.
     """
     made: Any = paramiko.Transport(*args, **options)
+    made.set_log_channel(LOG_CHANNEL)
     made._channel_handler_table = {
         **made._channel_handler_table,
         MSG_CHANNEL_REQUEST: _on_request,

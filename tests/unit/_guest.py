@@ -153,6 +153,7 @@ class Sshd:
                     f"PidFile {directory}/pid",
                     "StrictModes no",
                     "UsePAM no",
+                    f"SetEnv HOME={directory}",  # nobody's .bashrc, which bash reads under sshd
                     f"Subsystem sftp {sftp if sftp.exists() else 'internal-sftp'}",
                 ]
             )
