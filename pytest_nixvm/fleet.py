@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,7 +192,7 @@ class Fleet:
             if machine is not None and machine.is_up:
                 return machine
             if machine is not None:
-                self._shared.pop(key).kill()
+                self._discard(key)
             failed = _Shared(name, request.memory, request.cores, request.network, "")
             if failed in self._unbootable:
                 raise self._unbootable[failed]
@@ -209,7 +208,12 @@ class Fleet:
         """End the VMs that the tests of `scope` shared."""
         with self._lock:
             for key in [key for key in self._shared if key.scope == scope]:
-                self._shared.pop(key).kill()
+                self._discard(key)
+
+    def _discard(self, key: _Shared) -> None:
+        machine = self._shared.pop(key)
+        machine.kill()
+        shutil.rmtree(machine.spec.scratch, ignore_errors=True)
 
     def _start(self, name: str, request: MachineRequest) -> Machine:
         from pytest_nixvm.machine import Machine
@@ -262,9 +266,6 @@ class Fleet:
                 self._supervisor.close()
             if "_io" in made:
                 self._io.close()
-            for place in ("_scratch", "_sockets"):
-                if place in made:
-                    shutil.rmtree(made[place], ignore_errors=True)
 
     # --- what VMs need, made when the first one starts -------------------------------------------
 
@@ -274,11 +275,11 @@ class Fleet:
 
     @cached_property
     def _supervisor(self) -> Supervisor:
-        return Supervisor([self._sockets, self._scratch])
+        return Supervisor()
 
     @cached_property
     def _sockets(self) -> Path:
-        return private_directory()
+        return private_directory(self._supervisor)
 
     @cached_property
     def _scratch(self) -> Path:
@@ -292,7 +293,7 @@ class Fleet:
                 f"need at least {LEAST_FREE // 2**20}. Free some, or name another place with "
                 "--nixvm-cache."
             )
-        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=base))
+        return self._supervisor.make_directory(base)
 
     @cached_property
     def _keys(self) -> KeyPair:

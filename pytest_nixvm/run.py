@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import pytest
 
@@ -60,8 +60,12 @@ class Run:
             return Silent()
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled():
-            # A duplicate, because the capture replaces descriptor 1 while a test runs.
-            stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="replace")
+            try:
+                # A duplicate, because the capture replaces descriptor 1 while a test runs.
+                number = os.dup(sys.stdout.fileno())
+                stream: TextIO = os.fdopen(number, "w", encoding="utf-8", errors="replace")
+            except (OSError, ValueError):
+                stream = sys.stdout  # no descriptor: pytest runs inside another program
 
         def before() -> None:
             with capture.global_and_fixture_disabled():

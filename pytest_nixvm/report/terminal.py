@@ -59,6 +59,6 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
         booted = [f"{seconds:.1f} s" for seconds in vm["boots"]]
         steps.append(f"booted in {', '.join(booted)}" if booted else "did not boot")
         line = f"{vm['name']} ({vm['accelerator']}): {', '.join(steps)}; output: {vm['output']}"
-        reporter.write_line(line)
+        reporter.line(line)
         if vm["failed_units"]:
-            reporter.write_line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)
+            reporter.line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)

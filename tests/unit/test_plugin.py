@@ -1,11 +1,9 @@
-"""pytest's side, on real nix and tiny flakes: selection, mistakes, and what a run without VMs is."""
+"""pytest's side, on real nix and tiny flakes: selection, mistakes, and runs without VMs."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from _flake import FLAKE, OPTIONS, machine, needs_nix, write_flake
@@ -29,15 +27,16 @@ def test_plain(): pass
 
 
 class Project:
-    """A directory with a flake of three machines and tests, and pytest in a process of its own."""
+    """A directory with a flake of four machines and tests, and pytest run there."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self.directory = pytester.path
         body = machine("web", "web-host") + machine("db", "db-host")
         body += 'nixosConfigurations.pi = nixosSystem { modules = [ ]; system = "aarch64-linux"; };'
         body += "darwinConfigurations.mac = { };"
-        self.flake = write_flake(directory / "flake", body)
-        (directory / "pytest.ini").write_text(
+        self.flake = write_flake(self.directory / "flake", body)
+        (self.directory / "pytest.ini").write_text(
             "[pytest]\naddopts = --strict-markers\nmarkers = smoke: first\n"
         )
         self.write(TESTS)
@@ -46,32 +45,28 @@ class Project:
         (self.directory / name).write_text(text)
 
     def run(
-        self, *words: str, flake: str | None = "flake", env: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nixvm-cache=cache"]
+        self, *words: str, flake: str | None = "flake", apart: bool = False
+    ) -> pytest.RunResult:
+        """Run pytest; `apart` is a process of its own, which xdist and clean imports need."""
+        command = ["-p", "no:cacheprovider", "--nixvm-cache=cache", "--nixvm-accel=tcg"]
         if flake is not None:
             command.append(f"--nixvm-flake={flake}")
         for name, value in OPTIONS:
             command += ["--nixvm-nix-option", name, value]
-        return subprocess.run(
-            [*command, *words],
-            cwd=self.directory,
-            env={**os.environ, "NO_COLOR": "1", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        if apart:
+            return self.pytester.runpytest_subprocess(*command, *words, timeout=60)
+        return self.pytester.runpytest_inprocess(*command, *words)
 
     def collected(self, *words: str) -> list[str]:
         done = self.run("--collect-only", "-q", *words)
-        assert done.returncode in (0, 5), done.stdout + done.stderr
-        return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+        assert done.ret in (0, 5), done.outlines + done.errlines
+        return [line.partition("::")[2] for line in done.outlines if "::" in line]
 
     def mistake(self, *words: str, **options: object) -> str:
         """Run, expect a usage error of one message, and return that."""
         done = self.run(*words, **options)  # type: ignore[arg-type]
-        output = done.stdout + done.stderr
-        assert done.returncode == pytest.ExitCode.USAGE_ERROR, output
+        output = str(done.stdout) + str(done.stderr)
+        assert done.ret == pytest.ExitCode.USAGE_ERROR, output
         assert "Traceback" not in output
         assert "passed" not in output
         assert not list(self.directory.glob("**/flake.lock"))
@@ -79,26 +74,23 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+def project(pytester: pytest.Pytester) -> Project:
+    return Project(pytester)
 
 
 # --- which test runs on which machine -----------------------------------------------------------
 
 
 def test_unmarked_tests_run_for_each_machine_marked_ones_for_theirs(project):
-    assert project.collected() == [
+    assert set(project.collected()) == {
         "test_any[web]",
-        "test_web[web]",
         "test_any[db]",
         "test_any[pi]",
         "test_any[mac]",
+        "test_web[web]",
         "test_both",
         "test_plain",
-    ] or sorted(project.collected()) == sorted(
-        ["test_any[db]", "test_any[mac]", "test_any[pi]", "test_any[web]"]
-        + ["test_web[web]", "test_both", "test_plain"]
-    )
+    }
 
 
 def test_a_machine_glob_leaves_out_the_tests_of_others(project):
@@ -107,7 +99,7 @@ def test_a_machine_glob_leaves_out_the_tests_of_others(project):
 
 
 def test_an_attribute_is_the_only_machine(project):
-    collected = project.run("--collect-only", "-q", "-k", "any", flake="flake#web").stdout
+    collected = project.run("--collect-only", "-q", "-k", "any", flake="flake#web").stdout.str()
     assert "test_any[web]" in collected
     assert "db" not in collected
 
@@ -121,11 +113,11 @@ def test_markers_and_keywords_select_as_ever(project):
 def test_machines_that_can_t_run_here_are_skipped_with_their_reason(project):
     done = project.run("-rs", "-k", "pi or mac")
 
-    assert done.returncode == 0, done.stdout
-    assert "pi: it is for aarch64-linux, this machine is x86_64-linux" in done.stdout
-    assert "mac: it is a Darwin (macOS) host" in done.stdout
-    assert "2 skipped" in done.stdout
-    assert "Building" not in done.stdout
+    assert done.ret == 0
+    assert "pi: it is for aarch64-linux, this machine is x86_64-linux" in done.stdout.str()
+    assert "mac: it is a Darwin (macOS) host" in done.stdout.str()
+    assert "2 skipped" in done.stdout.str()
+    assert "Building" not in done.stdout.str()
 
 
 def test_a_closer_marker_wins(project):
@@ -143,29 +135,24 @@ def test_a_closer_marker_wins(project):
 def test_without_a_flake_other_tests_run(project):
     done = project.run("-k", "plain", flake=None)
     # test_any asks for a machine, and is collected before -k is applied
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
     project.write("def test_plain(): pass\n")
-    assert project.run(flake=None).returncode == 0
+    assert project.run(flake=None).ret == 0
 
 
 def test_nothing_of_the_flake_is_evaluated_for_tests_that_need_none(project):
     project.write("def test_plain(): pass\n")
     done = project.run(flake="nowhere")
 
-    assert done.returncode == 0
+    assert done.ret == 0
     assert not (project.directory / "cache" / "evaluations").exists()
 
 
 def test_without_the_plugin_pytest_is_itself(project):
     project.write("def test_plain(): pass\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:nixvm", "test_it.py"],
-        cwd=project.directory,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0
-    assert "nixvm" not in done.stdout
+    done = project.pytester.runpytest_subprocess("-p", "no:nixvm", "test_it.py")
+    assert done.ret == 0
+    assert "nixvm" not in done.stdout.str()
 
 
 def test_the_plugin_loads_without_ssh_and_qmp(project):
@@ -174,11 +161,10 @@ def test_the_plugin_loads_without_ssh_and_qmp(project):
         "import sys\ndef test_plain():\n"
         "    assert not {'paramiko', 'qemu.qmp', 'pexpect', 'rich'} & set(sys.modules)\n"
     )
-    done = project.run(flake=None)
-    assert done.returncode == 0, done.stdout
+    assert project.run(flake=None, apart=True).ret == 0
 
 
-# --- mistakes: one message, exit status 4, nothing built -------------------------------------------
+# --- mistakes: one message, exit status 4, nothing built -----------------------------------------
 
 
 def test_no_flake(project):
@@ -244,10 +230,10 @@ def test_an_evaluation_error_is_nix_s_own_word(project):
     assert "no such thing as a free lunch" in message
 
 
-def test_no_nix(project, tmp_path):
-    empty = tmp_path / "bin"
-    empty.mkdir()
-    assert "nix" in project.mistake(env={"PATH": str(empty), "HOME": str(tmp_path)})
+def test_no_nix(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "nix" in project.mistake()
 
 
 def test_an_unwritable_cache(project):
@@ -257,10 +243,12 @@ def test_an_unwritable_cache(project):
     assert "--nixvm-cache" in message
 
 
-def test_a_socket_path_that_would_be_too_long(project):
+def test_a_socket_path_that_would_be_too_long(project, monkeypatch):
     deep = project.directory / ("d" * 100)
     deep.mkdir()
-    message = project.mistake(env={"TMPDIR": str(deep), "XDG_RUNTIME_DIR": str(deep)})
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    message = project.mistake()
     assert "107" in message
     assert "TMPDIR" in message
 
@@ -278,13 +266,13 @@ def test_a_full_disk(project):
     assert "--nixvm-cache" in message
 
 
-# --- xdist ------------------------------------------------------------------------------------------
+# --- xdist ---------------------------------------------------------------------------------------
 
 
 def test_the_controller_finds_mistakes_for_its_workers(project):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    assert "nowhere" in project.mistake("-n", "2", flake="./nowhere")
-    assert "matches no machine" in project.mistake("-n", "2", "--nixvm-machine=mail*")
+    assert "nowhere" in project.mistake("-n", "2", flake="./nowhere", apart=True)
+    assert "matches no machine" in project.mistake("-n", "2", "--nixvm-machine=mail*", apart=True)
 
 
 def test_a_build_that_fails_with_workers(project):
@@ -292,10 +280,10 @@ def test_a_build_that_fails_with_workers(project):
     body = machine("web", "web-host", '{ test.build = "echo out of flour; exit 3"; }')
     (project.flake / "flake.nix").write_text(FLAKE.format(body=body))
     project.write("def test_any(vm): pass\n")
-    assert "out of flour" in project.mistake("-n", "2")
+    assert "out of flour" in project.mistake("-n", "2", apart=True)
 
 
 def test_a_marker_s_mistake_with_workers(project):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     project.write("import pytest\n@pytest.mark.nixvm('wep')\ndef test_it(vm): pass\n")
-    assert "Did you mean 'web'?" in project.mistake("-n", "2")
+    assert "Did you mean 'web'?" in project.mistake("-n", "2", apart=True)
