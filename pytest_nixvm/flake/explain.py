@@ -49,11 +49,9 @@ _NOT_A_FLAKE = re.compile(
 )
 
 _NO_STORE = re.compile(
-    r"(?:creating directory|opening lock file|cannot open|opening file|creating file|executing "
-    r"SQLite query|setting up the store|changing (?:owner|group) of|cannot link|creating symlink|"
-    r"connect(?:ing)? to (?:socket|daemon)).*(?:/nix|daemon).*(?:Permission denied|Read-only file "
-    r"system|Connection refused|No such file or directory|readonly database)",
-    re.DOTALL,
+    r"(?:/nix/(?:store|var)|daemon)[^\n]*(?:Permission denied|Operation not permitted|"
+    r"Read-only file system|readonly database|Connection refused)|"
+    r"cannot connect to socket at|cannot open connection to remote store"
 )
 
 _LONGEST = 60  # lines of a message

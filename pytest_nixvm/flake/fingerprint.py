@@ -15,8 +15,8 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote
 
 from pytest_nixvm.flake.process import environment
@@ -89,10 +89,9 @@ class _GitError(Exception):
     pass
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):  # plain strings: there may be 100,000 of them
     name: str
-    path: Path
+    path: str
     status: os.stat_result | None  # None: it is not there
 
 
@@ -100,7 +99,7 @@ def _path(root: Path, query: str, cache: Path) -> str:
     """Everything below `root`, and the newest mtime, which is the flake's `lastModified`."""
     entries = list(_walk(root))
     newest = max((int(entry.status.st_mtime) for entry in entries if entry.status), default=0)
-    return _digest("path", query, str(newest), _contents(root, entries, cache))
+    return _digest("path", query, str(newest), _contents("path", root, entries, cache))
 
 
 def _git(root: Path, query: str, parameters: dict[str, str], cache: Path) -> str:
@@ -121,7 +120,7 @@ def _git(root: Path, query: str, parameters: dict[str, str], cache: Path) -> str
     entries = [_entry(root, os.fsdecode(name)) for name in sorted(set(names))]
     head = _head(root)
     tracked = hashlib.blake2b(index).hexdigest()
-    return _digest("git", query, head, tracked, _contents(root, entries, cache))
+    return _digest("git", query, head, tracked, _contents("git", root, entries, cache))
 
 
 def _head(root: Path) -> str:
@@ -164,35 +163,36 @@ def _run_git(root: Path, *arguments: str) -> bytes:
 
 def _walk(root: Path) -> Iterator[_Entry]:
     status = root.lstat()
-    yield _Entry("", root, status)
+    yield _Entry("", str(root), status)
     if not stat.S_ISDIR(status.st_mode):
         return
-    todo = [(root, "")]
+    todo = [(str(root), "")]
     while todo:
         folder, prefix = todo.pop()
         with os.scandir(folder) as found:
             inside = sorted(found, key=lambda entry: entry.name)
         for item in inside:
             name = prefix + item.name
-            yield _Entry(name, folder / item.name, item.stat(follow_symlinks=False))
+            yield _Entry(name, item.path, item.stat(follow_symlinks=False))
             if item.is_dir(follow_symlinks=False):
-                todo.append((folder / item.name, name + "/"))
+                todo.append((item.path, name + "/"))
 
 
 def _entry(root: Path, name: str) -> _Entry:
-    path = root / name
+    path = f"{root}/{name}"
     try:
-        return _Entry(name, path, path.lstat())
+        return _Entry(name, path, os.lstat(path))
     except OSError:
         return _Entry(name, path, None)
 
 
-def _contents(root: Path, entries: list[_Entry], cache: Path) -> str:
+def _contents(kind: str, root: Path, entries: list[_Entry], cache: Path) -> str:
     size = sum(entry.status.st_size for entry in entries if entry.status)
     if len(entries) < _MANY_FILES and size < _MUCH:
         return _read(entries)
     look = _look(entries)
-    record = cache / f"tree-{hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()}.json"
+    place = hashlib.blake2b(os.fsencode(f"{kind}:{root}"), digest_size=16).hexdigest()
+    record = cache / f"tree-{place}.json"
     try:
         known = json.loads(record.read_text())
         if known["look"] == look and isinstance(known["contents"], str):
@@ -209,12 +209,13 @@ def _contents(root: Path, entries: list[_Entry], cache: Path) -> str:
 
 
 def _look(entries: Iterable[_Entry]) -> str:
-    digest = hashlib.blake2b()
-    for entry in entries:
-        s = entry.status
-        seen = (s.st_mode, s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) if s else ()
-        digest.update(os.fsencode(f"{entry.name}\0{seen}\0"))
-    return digest.hexdigest()
+    seen = [
+        (name, s.st_mode, s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
+        if s
+        else (name,)
+        for name, _, s in entries
+    ]
+    return hashlib.blake2b(repr(seen).encode(errors="surrogateescape")).hexdigest()
 
 
 def _read(entries: Iterable[_Entry]) -> str:
@@ -226,9 +227,9 @@ def _read(entries: Iterable[_Entry]) -> str:
         if entry.status is None:
             digest.update(b"missing")
         elif stat.S_ISLNK(mode):
-            digest.update(b"link " + os.fsencode(os.readlink(entry.path)))  # noqa: PTH115
+            digest.update(b"link " + os.fsencode(Path(entry.path).readlink()))
         elif stat.S_ISREG(mode):
-            with entry.path.open("rb") as file:
+            with Path(entry.path).open("rb") as file:
                 inner = hashlib.file_digest(file, "blake2b").digest()
             digest.update((b"program " if mode & stat.S_IXUSR else b"file ") + inner)
         else:

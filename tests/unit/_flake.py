@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +73,6 @@ in {
 
 FLAKE = """{{ outputs = {{ self }}: let nixosSystem = import ./system.nix; in {{ {body} }}; }}"""
 
-# `hostName` also makes a build one of its own: nothing is in the store already.
 MACHINE = """
 nixosConfigurations."{name}" = nixosSystem {{
   modules = [ {{ networking.hostName = "{host}"; }} {more} ];
@@ -138,6 +138,8 @@ class Workshop:
 
     tmp: Path
     options: tuple[tuple[str, str], ...] = OPTIONS
+    # Not in any store yet, so what depends on it is really built.
+    host: str = field(default_factory=lambda: f"host{uuid.uuid4().hex[:8]}")
 
     @property
     def cache(self) -> Path:

@@ -38,14 +38,14 @@ def own_build(flake: Path, attribute: str) -> str:
 
 
 def test_a_machine_is_built_as_its_owner_would_build_it(shop: Workshop) -> None:
-    flake = write_flake(shop.tmp / "config", machine("dev-vm", str(shop.tmp.name)))
+    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.host))
     before = sorted(path for path in flake.rglob("*") if ".git" not in path.parts)
     vm = shop.flake(flake).build("dev-vm")
     assert vm.name == "dev-vm"
     assert vm.attribute == "nixosConfigurations.dev-vm"
-    assert vm.start_script == vm.output / f"bin/run-{shop.tmp.name}-vm"
+    assert vm.start_script == vm.output / f"bin/run-{shop.host}-vm"
     assert vm.toplevel is not None
-    assert vm.toplevel.name.endswith(f"-nixos-system-{shop.tmp.name}")
+    assert vm.toplevel.name.endswith(f"-nixos-system-{shop.host}")
     assert vm.system == "x86_64-linux"
     assert vm.overrides == ()
     assert vm.evaluated > 0
@@ -63,7 +63,7 @@ def test_an_agent_that_was_turned_off_is_turned_on_and_reported(
     off = "services.qemuGuest.enable = force false;"
     if direct == "false":
         off = f"virtualisation.vmVariant = {{ {off} virtualisation.memorySize = 512; }};"
-    body = machine("vm", shop.tmp.name, f"({{ force, ... }}: {{ {off} }})")
+    body = machine("vm", shop.host, f"({{ force, ... }}: {{ {off} }})")
     body = body.replace("nixosSystem {", f"nixosSystem {{ direct = {direct};")
     vm = shop.flake(write_flake(shop.tmp / "config", body)).build("vm")
     assert vm.toplevel is not None
@@ -99,7 +99,7 @@ def test_the_machines_are_listed_in_one_evaluation(shop: Workshop) -> None:
 @pytest.mark.parametrize("broken", ['throw "broken on purpose"', '1 + "a"', 'abort "no"'])
 def test_a_broken_host_does_not_hide_the_others(shop: Workshop, broken: str) -> None:
     pi = machine("pi", "pi").replace("nixosSystem {", 'nixosSystem { system = "aarch64-linux";')
-    body = machine("good", shop.tmp.name) + pi + f"nixosConfigurations.bad = {broken};"
+    body = machine("good", shop.host) + pi + f"nixosConfigurations.bad = {broken};"
     flake = shop.flake(write_flake(shop.tmp / "config", body))
     names = {info.name: info.skip is None for info in flake.machines()}
     assert names == {"good": True, "pi": False, "bad": True}
@@ -133,7 +133,7 @@ def test_one_attribute_is_named(shop: Workshop, fragment: str, attribute: str) -
 
 
 def test_the_result_is_rooted_and_found_again_without_nix(shop: Workshop) -> None:
-    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.tmp.name))
+    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.host))
     first = shop.flake(flake).build("dev-vm")
     roots = {root.readlink() for root in (shop.cache / "roots").iterdir()}
     assert roots == {first.output}
@@ -147,7 +147,7 @@ def test_the_result_is_rooted_and_found_again_without_nix(shop: Workshop) -> Non
 
 
 def test_a_root_that_is_gone_is_made_again(shop: Workshop) -> None:
-    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.tmp.name))
+    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.host))
     vm = shop.flake(flake).build("dev-vm")
     (root,) = (shop.cache / "roots").iterdir()
     root.unlink()
@@ -156,7 +156,7 @@ def test_a_root_that_is_gone_is_made_again(shop: Workshop) -> None:
 
 
 def test_a_result_that_was_collected_is_built_again(shop: Workshop) -> None:
-    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.tmp.name))
+    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.host))
     vm = shop.flake(flake).build("dev-vm")
     for root in (shop.cache / "roots").iterdir():
         root.unlink()
@@ -169,27 +169,27 @@ def test_a_result_that_was_collected_is_built_again(shop: Workshop) -> None:
 
 def test_progress_tells_what_is_built_and_how_much_is_left(shop: Workshop) -> None:
     seen = Seen()
-    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.tmp.name))
+    flake = write_flake(shop.tmp / "config", machine("dev-vm", shop.host))
     shop.flake(flake, progress=seen).build("dev-vm")
     assert seen.titles[-2:] == ["Evaluating dev-vm", "Building dev-vm"]
     assert seen.ends == ["finished"] * 3
-    assert (f"building nixos-system-{shop.tmp.name}", 0, 2) in seen.details
+    assert (f"building nixos-system-{shop.host}", 0, 2) in seen.details
     assert ("building nixos-vm", 2, 2) in seen.details
 
 
 def test_a_build_that_fails_shows_its_log(shop: Workshop) -> None:
     command = "echo the reason; echo more >&2; exit 3"
-    body = machine("dev-vm", shop.tmp.name, f'{{ test.build = "{command}"; }}')
+    body = machine("dev-vm", shop.host, f'{{ test.build = "{command}"; }}')
     seen = Seen()
     flake = shop.flake(write_flake(shop.tmp / "config", body), progress=seen)
     with pytest.raises(BuildError) as caught:
         flake.build("dev-vm")
     text = str(caught.value)
-    assert f"nixos-system-{shop.tmp.name} failed with exit code 3" in text
+    assert f"nixos-system-{shop.host} failed with exit code 3" in text
     assert "    the reason\n    more\n" in text
     log = shop.logs / "build-dev-vm.log"
     assert f"The whole log: {log}" in text
-    assert f"nixos-system-{shop.tmp.name}> the reason" in log.read_text()
+    assert f"nixos-system-{shop.host}> the reason" in log.read_text()
     assert seen.ends[-1] == "failed"
 
 
@@ -214,7 +214,7 @@ def test_an_override_replaces_an_input(shop: Workshop) -> None:
     write_flake(shop.tmp / "lib", "lib.nixosSystem = nixosSystem;", tracked=False)
     config = shop.tmp / "config"
     config.mkdir()
-    body = machine("vm", shop.tmp.name).replace("nixosSystem {", "nixpkgs.lib.nixosSystem {")
+    body = machine("vm", shop.host).replace("nixosSystem {", "nixpkgs.lib.nixosSystem {")
     (config / "flake.nix").write_text(
         '{ inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11"; '
         "outputs = { self, nixpkgs }: { " + body + " }; }"
@@ -231,7 +231,7 @@ def _build_in_process(tmp: str, queue: multiprocessing.Queue[tuple[float, float]
 
 
 def test_two_sessions_share_one_build(shop: Workshop) -> None:
-    body = machine("dev-vm", shop.tmp.name, '{ test.build = "sleep 1"; }')
+    body = machine("dev-vm", shop.host, '{ test.build = "sleep 1"; }')
     write_flake(shop.tmp / "config", body)
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[tuple[float, float]] = context.Queue()

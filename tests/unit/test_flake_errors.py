@@ -358,7 +358,7 @@ def test_no_git_where_git_is_needed(shop: Workshop, monkeypatch: pytest.MonkeyPa
 def test_a_full_disk(shop: Workshop) -> None:
     body = machine(
         "vm",
-        shop.tmp.name,
+        shop.host,
         '{ test.build = "echo cp: write error: No space left on device; exit 1"; }',
     )
     message = refusal(shop, write_flake(shop.tmp / "f", body, tracked=False))
@@ -367,10 +367,10 @@ def test_a_full_disk(shop: Workshop) -> None:
 
 
 def test_a_build_without_end_is_ended(shop: Workshop) -> None:
-    body = machine("vm", shop.tmp.name, '{ test.build = "sleep 1000"; }')
+    body = machine("vm", shop.host, '{ test.build = "sleep 1000"; }')
     message = refusal(shop, write_flake(shop.tmp / "f", body, tracked=False), build_timeout=2)
     assert "did not end within 2 s" in message
-    assert f"building nixos-system-{shop.tmp.name}" in message
+    assert f"building nixos-system-{shop.host}" in message
 
 
 def test_errors_are_of_the_class_that_says_who_has_to_act() -> None:

@@ -173,6 +173,11 @@ def test_an_untracked_file_is_recognised_in_every_wording(tmp_path: Path, messag
             "cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused",
             "can't use its store",
         ),
+        (
+            "could not set permissions on '/nix/var/nix/profiles/per-user' to 755: Operation not "
+            "permitted",
+            "can't use its store",
+        ),
         ("something that nobody has seen", "    something that nobody has seen"),
     ],
 )
