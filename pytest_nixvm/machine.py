@@ -9,12 +9,10 @@ from pathlib import Path
 
 from pytest_nixvm.errors import (
     AgentError,
-    CommandFailedError,
     CommandTimeoutError,
     MachineError,
     MachineGoneError,
     NixvmError,
-    tail,
 )
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.agent import Agent
@@ -31,15 +29,19 @@ from pytest_nixvm.qemu.launch import LaunchSpec, Qemu, launch
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.monitor import Monitor
 from pytest_nixvm.qemu.supervisor import Supervisor
-from pytest_nixvm.wait import Deadline, poll, timed_out
+from pytest_nixvm.verbs import DEFAULT_TIMEOUT, Verbs
+from pytest_nixvm.wait import Deadline, timed_out
 
 __tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
-DEFAULT_TIMEOUT = 900.0
-"""Seconds that the NixOS test driver's verbs wait, here as there."""
+# runuser keeps root's environment, and with --login it would take no argv.
+_AS_USER = (
+    'USER=$1 LOGNAME=$1 HOME=$(getent passwd "$1" | cut -d: -f6); '
+    'export USER LOGNAME HOME; shift; exec "$@"'
+)
 
 
-class Machine:
+class Machine(Verbs):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult
@@ -103,7 +105,11 @@ class Machine:
         with self._lock:
             if self.is_up:
                 return
-            self._drop_channels()
+            self.kill()
+            if self.spec.console_log.exists():
+                # Each power-on has a log of its own: an old panic must not end a new boot.
+                log = self.output / f"console-{len(self.boots) + 1}.log"
+                self.spec = replace(self.spec, console_log=log)
             step = self._progress.step(f"Booting {self.name}")
             try:
                 deadline = Deadline(self._boot_timeout)
@@ -128,11 +134,8 @@ class Machine:
                 step.fail(str(error).splitlines()[0] if isinstance(error, NixvmError) else "")
                 self.kill()
                 raise
-            self._ready(report)
+            self.boots.append(report)
             step.finish(_summary(report, self.spec))
-
-    def _ready(self, report: BootReport) -> None:
-        self.boots.append(report)
 
     def shutdown(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Shut the machine down from inside, as `poweroff` does, and wait for its end.
@@ -180,7 +183,7 @@ class Machine:
             if self._boot_id() == before:
                 step.fail("the boot id is the old one")
                 raise MachineError(f"{self.name} answers after its reset, with the same boot id.")
-            self._ready(report)
+            self.boots.append(report)
             step.finish(_summary(report, self.spec))
 
     def _boot_id(self) -> bytes:
@@ -203,7 +206,8 @@ class Machine:
         if self._qemu is None:
             raise MachineGoneError(f"{self.name} is not running; vm.start() starts it.")
         if not self._qemu.alive:
-            raise MachineGoneError(f"{self.name} is not running: {self._qemu.cause_of_death()}.")
+            cause = self._qemu.cause_of_death()
+            raise MachineGoneError(f"{self.name} is not running, vm.start() starts it: {cause}.")
         return self._qemu
 
     def _close_ssh(self) -> None:
@@ -305,7 +309,7 @@ class Machine:
         if cwd is not None:
             argv = ["env", f"--chdir={cwd}", *argv]
         if user is not None:
-            argv = ["runuser", "-u", user, "--", *argv]
+            argv = ["runuser", "-u", user, "--", "/bin/sh", "-c", _AS_USER, "sh", user, *argv]
         data = stdin.encode() if isinstance(stdin, str) else stdin
         try:
             result = agent.exec(argv, stdin=data, env=env, timeout=timeout)
@@ -322,83 +326,7 @@ class Machine:
         result = replace(result, command=command)
         return result.check() if check else result
 
-    def execute(
-        self,
-        command: str,
-        check_return: bool = True,
-        check_output: bool = True,
-        timeout: float | None = DEFAULT_TIMEOUT,
-    ) -> tuple[int, str]:
-        """Run a shell command with `set -euo pipefail`; return its exit status and stdout.
-
-        The NixOS test driver's verb. Without `check_return` the status is -2 and without
-        `check_output` the output is empty, as there. `timeout` None is a day.
-        """
-        result = self._driver_run(command, timeout)
-        output = result.stdout if check_output else ""
-        return (result.returncode if check_return else -2), output
-
-    def succeed(self, *commands: str, timeout: float | None = None) -> str:
-        """Run shell commands; return their stdout.
-
-        Raises `CommandFailedError` at the first one that fails.
-        """
-        return "".join(self._driver_run(command, timeout).check().stdout for command in commands)
-
-    def fail(self, *commands: str, timeout: float | None = None) -> str:
-        """Run shell commands that must fail; return their stdout. Raises at one that succeeds."""
-        output = ""
-        for command in commands:
-            result = self._driver_run(command, timeout)
-            if result.ok:
-                raise CommandFailedError(
-                    f"`{command}` succeeded on {self.name}, and should have failed.",
-                    command=command,
-                    returncode=0,
-                    stdout=result.stdout,
-                    stderr=result.stderr,
-                )
-            output += result.stdout
-        return output
-
-    def _driver_run(self, command: str, timeout: float | None) -> CommandResult:
-        seconds = DEFAULT_TIMEOUT if timeout is None else timeout
-        result = self.run(f"set -euo pipefail\n{command}", timeout=seconds)
-        return replace(result, command=command)
-
-    # --- waits ---------------------------------------------------------------------------------
-
-    def wait_until_succeeds(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:
-        """Repeat a shell command until it succeeds; return its stdout.
-
-        Raises `WaitTimeoutError` with the last try's status and output after `timeout` seconds.
-        """
-        return self._repeat(command, timeout, wanted=True)
-
-    def wait_until_fails(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:
-        """Repeat a shell command until it fails; return its stdout."""
-        return self._repeat(command, timeout, wanted=False)
-
-    def _repeat(self, command: str, timeout: float, *, wanted: bool) -> str:
-        deadline = Deadline(timeout)
-        last: CommandResult | None = None
-
-        def tried() -> bool:
-            nonlocal last
-            last = self._driver_run(command, max(1.0, deadline.remaining()))
-            return last.ok is wanted
-
-        def saw() -> str:
-            if last is None:
-                return ""
-            text = f"The last try ended with exit status {last.returncode}."
-            for name, stream in (("stdout", last.stdout), ("stderr", last.stderr)):
-                text += f"\n{name}:\n{tail(stream, 15)}" if stream.strip() else ""
-            return text
-
-        goal = f"`{command}` to {'succeed' if wanted else 'fail'} on {self.name}"
-        poll(tried, goal, timeout=timeout, saw=saw)
-        return last.stdout if last is not None else ""
+    # --- units ---------------------------------------------------------------------------------
 
     def wait_for_unit(
         self, unit: str, user: str | None = None, timeout: float = DEFAULT_TIMEOUT

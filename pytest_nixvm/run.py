@@ -321,6 +321,9 @@ def _told(machine: Machine) -> dict[str, Any]:
         "built": machine.build.built,
         "boots": [boot.seconds for boot in machine.boots],
         "failed_units": [unit for boot in machine.boots[-1:] for unit in boot.failed_units],
+        "overrides": [
+            f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
+        ],
         "output": str(machine.output),
     }
 

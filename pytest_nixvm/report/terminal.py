@@ -60,5 +60,7 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
         steps.append(f"booted in {', '.join(booted)}" if booted else "did not boot")
         line = f"{vm['name']} ({vm['accelerator']}): {', '.join(steps)}; output: {vm['output']}"
         reporter.line(line)
+        for override in vm["overrides"]:
+            reporter.line(f"    not as configured: {override}", yellow=True)
         if vm["failed_units"]:
             reporter.line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)

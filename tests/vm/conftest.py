@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[ARGUMENTS] = words
         while words:
             flag, words = words[0], words[1:]
-            values = [word for word in words[: _values(flag)]]
+            values = words[: _values(flag)]
             words = words[len(values) :]
             name = flag.removeprefix("--").replace("-", "_")
             setattr(option, name, [*(getattr(option, name) or []), values])
@@ -95,10 +95,12 @@ def fleet_of(
     def make(name: str, **options: object) -> Fleet:
         key = (name, tuple(sorted(options.items())))
         if key not in fleets:
-            copies[name] = copies.get(name) or flake_copy(name)
+            flake, _, attribute = name.partition("#")
+            copies[flake] = copies.get(flake) or flake_copy(flake)
+            reference = f"{copies[flake]}#{attribute}" if attribute else str(copies[flake])
             fleets[key] = Fleet(
-                settings_for(copies[name], arguments, **options),
-                output=tmp_path_factory.mktemp(f"{name}-output"),
+                settings_for(reference, arguments, **options),
+                output=tmp_path_factory.mktemp(f"{flake}-output"),
             )
         return fleets[key]
 
@@ -107,12 +109,12 @@ def fleet_of(
         fleet.close()
 
 
-def settings_for(flake: Path, arguments: list[str], **options: object) -> Settings:
+def settings_for(flake: str, arguments: list[str], **options: object) -> Settings:
     pairs: dict[str, list[list[str]]] = {}
     for at in range(0, len(arguments), 3):
         name = arguments[at].removeprefix("--nixvm-").replace("-", "_")
         pairs.setdefault(name, []).append(arguments[at + 1 : at + 3])
-    return Settings.make(**{"flake": str(flake), "memory": "1024", **pairs, **options})
+    return Settings.make(**{"flake": flake, "memory": "1024", **pairs, **options})
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from pytest_nixvm.errors import BootError, QemuError
 
 def test_a_panic(fleet_of):
     began = time.monotonic()
-    with pytest.raises(BootError, match=r"(?s)the kernel panicked.*Attempted to kill init") as caught:
+    with pytest.raises(
+        BootError, match=r"(?s)the kernel panicked.*Attempted to kill init"
+    ) as caught:
         fleet_of("broken").start("panics")
 
     assert time.monotonic() - began < 60

@@ -57,7 +57,7 @@ def test_serial_login_and_commands(serial):
 
 
 def test_serial_refuses_a_wrong_password(serial):
-    with pytest.raises(SerialError, match="(?i)incorrect|refused"):
+    with pytest.raises(SerialError, match=r"(?i)incorrect|refused"):
         serial.login("alice", "letmein")
 
 

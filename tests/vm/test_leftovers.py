@@ -159,7 +159,11 @@ def test_killed_while_booting(session):
     process = subprocess.Popen(
         [*session.command, "-k", "passes"],
         cwd=session.directory,
-        env={**os.environ, "TMPDIR": str(session.temporary), "XDG_RUNTIME_DIR": str(session.runtime)},
+        env={
+            **os.environ,
+            "TMPDIR": str(session.temporary),
+            "XDG_RUNTIME_DIR": str(session.runtime),
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -27,12 +27,14 @@ def test_output_status_and_duration(vm):
 def test_an_argv_is_not_touched_by_a_shell(vm):
     words = ["a b", "$HOME", "*", "'\"", "\\", "line\nbreak"]
 
-    assert vm.run(["printf", "%s\\n", *words], check=True).stdout == "".join(f"{w}\n" for w in words)
+    assert vm.run(["printf", "%s\\n", *words], check=True).stdout == "".join(
+        f"{w}\n" for w in words
+    )
 
 
 def test_stdin_env_cwd_and_user(vm):
     result = vm.run(
-        ["sh", "-c", "cat; echo $COLOUR; pwd; id -un"],
+        ["sh", "-c", "cat; echo $COLOUR; pwd; id -un; echo $HOME"],
         stdin="in\n",
         env={"COLOUR": "blue green"},
         cwd="/tmp",
@@ -40,7 +42,7 @@ def test_stdin_env_cwd_and_user(vm):
         check=True,
     )
 
-    assert result.stdout == "in\nblue green\n/tmp\nalice\n"
+    assert result.stdout == "in\nblue green\n/tmp\nalice\n/home/alice\n"
 
 
 def test_binary_both_ways(vm):

@@ -45,7 +45,7 @@ def test_its_firewall_stays_closed(kiosk):
 
 
 def test_a_package_that_is_a_vm(booted):
-    with booted("stranger", "packages.x86_64-linux.till", memory=None) as vm:
+    with booted("stranger#packages.x86_64-linux.till", "till", memory=None) as vm:
         assert vm.succeed("hostname") == "till-7\n"
 
 
