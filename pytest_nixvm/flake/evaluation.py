@@ -55,6 +55,7 @@ class Evaluator:
         self._url = reference.url
         self._places = [(reference.url, reference.local)]
         self._memory: Memory | None = None
+        self._graphs: list[tuple[Mapping[str, str | None], dict[str, Any]]] = []
         self.overrides: list[tuple[str, str]] = []
         for name, text in override_inputs:
             try:
@@ -186,7 +187,9 @@ class Evaluator:
         lock_file = Path(source) / _parameters(self._url).get("dir", "") / "flake.lock"
         overrides = {tuple(name.split("/")): url for name, url in self.overrides}
         try:
-            found = inputs.dependencies(self._graph(), lock_file, overrides)
+            if not self._graphs or self._graphs[0][0] != before:
+                self._graphs = [(before, self._graph())]
+            found = inputs.dependencies(self._graphs[0][1], lock_file, overrides)
         except (NixFailure, KeyError, TypeError, AttributeError):
             return None  # a graph of an unknown form: evaluate each time
         if found.unsettled:

@@ -263,7 +263,8 @@ def _reason(text: str) -> str:
     ):
         if re.search(pattern, text):
             return reason
-    return _first(text)
+    fatal = re.findall(r"^fatal: (.*)", text, re.MULTILINE)  # git's own words
+    return fatal[-1] if fatal else _first(text)
 
 
 def _mentions(address: str, reference: str) -> bool:

@@ -115,7 +115,7 @@ class Log:
 
     def _message(self, event: dict[str, Any]) -> None:
         full = plain(str(event.get("msg", "")))
-        if event.get("level", 0) <= 3:
+        if event.get("level", 0) <= 3 and _WRAPPER not in full:
             self._keep(full)
         raw = event.get("raw_msg")
         if full.startswith("error:") and event.get("level") == 0:

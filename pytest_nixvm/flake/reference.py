@@ -59,14 +59,18 @@ def locate(text: str, cwd: Path) -> tuple[str, Path | None]:
     """
     scheme = _SCHEME.match(text)
     if scheme is None:
-        path = (cwd / Path(text).expanduser()).absolute()
+        try:
+            text = str(Path(text).expanduser()) if text.startswith("~") else text
+        except RuntimeError as error:
+            raise FlakeError(f"{text}: {error}") from None
+        path = (cwd / text).absolute()
         looks_like_path = text.startswith((".", "/", "~")) or path.exists()
         if not looks_like_path and _REGISTRY_NAME.fullmatch(text):
             return f"flake:{text}", None
         # `nix` takes DIR?dir=sub as well.
         name, _, query = text.partition("?")
         if query and not path.exists():
-            path = (cwd / Path(name).expanduser()).absolute()
+            path = (cwd / name).absolute()
         else:
             query = ""
         return _directory(path, query, text)

@@ -185,6 +185,12 @@ def test_what_can_be_done_is_said(message: str, expected: str) -> None:
     assert expected in str(evaluation_failed(NixFailure(log_of(error(message))), SUBJECT))
 
 
+def test_git_says_itself_why_it_failed() -> None:
+    log = log_of("fatal: couldn't find remote ref refs/heads/master", error("program 'git' failed"))
+    text = str(evaluation_failed(NixFailure(log), SUBJECT))
+    assert "can't be fetched: couldn't find remote ref refs/heads/master" in text
+
+
 def test_of_a_trace_only_the_error_and_its_place_remain() -> None:
     """Newer versions print a trace even without --show-trace; the error itself comes last."""
     full = (

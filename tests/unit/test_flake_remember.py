@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,6 +187,37 @@ def test_an_input_that_nix_looks_up_afresh_is_never_remembered(shop: Workshop) -
     nix = Nix.find(options=[*OPTIONS, ("flake-registry", str(registry))])
     assert looks_again(shop, config, nix=nix)
     assert looks_again(shop, config, nix=nix)
+
+
+def test_a_remote_flake_is_looked_up_each_time_and_evaluated_when_it_moved(
+    shop: Workshop,
+) -> None:
+    flake = write_flake(shop.tmp / "site/config", machine("dev-vm", "dev-vm"))
+    handler = functools.partial(QuietHandler, directory=str(flake.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    reference = f"git+http://127.0.0.1:{server.server_port}/config/.git?ref=main"
+    # Nix asks a server again only after an hour, unless it is told otherwise.
+    nix = Nix.find(options=[*OPTIONS, ("tarball-ttl", "0")])
+    try:
+        git(flake, "update-server-info")
+        assert looks_again(shop, reference, nix=nix)
+        assert not looks_again(shop, reference, nix=nix)
+        edit(flake / "flake.nix", "dev-vm", "dev-vn")
+        git(flake, "commit", "-q", "-a", "-m", "next")
+        git(flake, "update-server-info")
+        assert looks_again(shop, reference, nix=nix)
+        revision = git(flake, "rev-parse", "HEAD")
+        fixed = f"{reference}&rev={revision}"
+    finally:
+        server.shutdown()
+        server.server_close()
+    # The same content, by its revision: nobody has to be asked for that.
+    assert not looks_again(shop, fixed, nix=nix)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
 
 
 def test_a_changed_lock_file_is_seen(shop: Workshop) -> None:
