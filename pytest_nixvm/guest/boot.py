@@ -25,7 +25,7 @@ from pytest_nixvm.wait import Deadline
 STAGES = (
     # (what the console shows, the stage's name), in the order of a boot
     (r"SeaBIOS|iPXE|UEFI|GRUB", "firmware"),
-    (r"Linux version |\[ +\d+\.\d+\] ", "kernel"),
+    (r"Booting from ROM|Linux version |\[ +\d+\.\d+\] ", "kernel"),
     (r"NixOS Stage 1|Running in initrd|initrd-switch-root|systemd-initrd", "initrd (stage 1)"),
     (r"NixOS Stage 2|Welcome to |systemd \d+.* running in system mode", "systemd (stage 2)"),
     (r"^\S+ login: ", "log-in prompt on the console"),

@@ -45,6 +45,7 @@ class Qemu:
         self.argv = _command_line(self.pid)  # as QEMU got it, () if it was already gone
         self._killed = False
         self._forwarding = threading.Lock()
+        self._forwarded: dict[int, int] = {}  # guest's port -> host's
         monitor.describe_end = self.cause_of_death
 
     def __repr__(self) -> str:
@@ -121,18 +122,22 @@ class Qemu:
     def forward(self, guest_port: int) -> int:
         """Forward a free port of 127.0.0.1, chosen by QEMU, to a TCP port of the guest.
 
-        Return the host's port. That it accepts connections proves nothing about the guest: QEMU
-        accepts first. Raises `QemuError` if the VM has no user-mode network.
+        Return the host's port, the same one each time. That it accepts connections proves nothing
+        about the guest: QEMU accepts first. Raises `QemuError` if the VM has no user-mode network.
         """
-        netdev = self._user_netdev()
         with self._forwarding:
-            before = self._forwards(netdev)
-            said = self.monitor.hmp(f"hostfwd_add {netdev} tcp:127.0.0.1:0-:{guest_port}").strip()
-            if said:
-                raise QemuError(
-                    f"{self.spec.name}: QEMU can't forward a port to port {guest_port}: {said}"
-                )
-            new = self._forwards(netdev) - before
+            if guest_port not in self._forwarded:
+                self._forwarded[guest_port] = self._forward(self._user_netdev(), guest_port)
+            return self._forwarded[guest_port]
+
+    def _forward(self, netdev: str, guest_port: int) -> int:
+        before = self._forwards(netdev)
+        said = self.monitor.hmp(f"hostfwd_add {netdev} tcp:127.0.0.1:0-:{guest_port}").strip()
+        if said:
+            raise QemuError(
+                f"{self.spec.name}: QEMU can't forward a port to port {guest_port}: {said}"
+            )
+        new = self._forwards(netdev) - before
         ports = [host for host, guest in new if guest == guest_port]
         if not ports:
             raise QemuError(
