@@ -12,8 +12,9 @@ let
     deb = deb lock.kernel;
     outputs = [ "out" "modules" ];
     names = import ./modules.nix ++ stage1Modules;
+    vmlinux = ./vmlinux.py;
   } (builtins.readFile ./kernel.sh);
-  stage1Modules = [ "virtio_pci" "virtio_blk" "ext4" "erofs" "overlay" "9p" "9pnet_virtio" "virtio_console" "virtio_net" "virtio-rng" ];
+  stage1Modules = [ "virtio_pci" "virtio_blk" "ext4" "erofs" "overlay" "9p" "9pnet_virtio" "virtio_console" "virtio_net" "virtio-rng" "autofs4" "nf_tables" "nft_ct" "button" "evdev" ];
   base = runAsRoot "standin-base.erofs" {
     outputs = [ "out" "info" ];
     debs = map (p: "${p}=${deb p}") lock.base;

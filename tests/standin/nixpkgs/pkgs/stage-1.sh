@@ -84,7 +84,7 @@ fi
 if [ ! -L $root/lib64 ]; then
   for name in bin sbin lib lib64; do ln -s usr/$name $root/$name; done
   cp -a $base/etc/. $root/etc/
-  mkdir -p $root/tmp $root/root $root/home $root/var/tmp $root/var/lib $root/var/log/journal
+  mkdir -p $root/tmp $root/root $root/home $root/var/tmp $root/var/lib/nixos $root/var/log/journal $root/var/empty
   chmod 1777 $root/tmp $root/var/tmp; chmod 700 $root/root
 fi
 mount -t tmpfs -o mode=0755,nosuid,nodev,strictatime tmpfs $root/run

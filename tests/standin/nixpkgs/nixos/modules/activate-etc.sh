@@ -1,10 +1,10 @@
 # Part of activation: /etc/static is the configuration's tree; every name in it is a link, except for those listed as copies.
-etc=$1
-old=$(readlink /etc/static)
-ln -sfn "$etc/etc" /etc/static
-cp -a --no-preserve=ownership --remove-destination "$etc/links/." /etc/
+# In: etc. Processes are dear here: few, and one for all.
+old=
+[ ! -L /etc/static ] || old=$(readlink /etc/static)
+cp -a --no-preserve=ownership --remove-destination "$etc/links/." "$etc/static" /etc/
 if [ -n "$old" ] && [ "$old" != "$etc/etc" ]; then # what the configuration before had, and this one has not
-  find /etc -lname '/etc/static/*' ! -path '/etc/static' | while read -r link; do [ -e "$link" ] || rm -f "$link"; done
+  find /etc -lname '/etc/static/*' | while read -r link; do [ -e "$link" ] || rm -f "$link"; done
 fi
 while read -r mode user group name; do
   install -D -m "$mode" -o "$user" -g "$group" "$etc/etc/$name" "/etc/$name"

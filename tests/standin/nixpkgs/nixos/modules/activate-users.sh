@@ -1,6 +1,5 @@
-# Part of activation: bring /etc/passwd, group and shadow in line with the configuration. $1: accounts; $mutable: 1 or empty.
-accounts=$1
-if [ "$(readlink /var/lib/nixos/accounts)" != "$accounts" ] || [ -z "$mutable" ]; then
+# Part of activation: bring /etc/passwd, group and shadow in line with the configuration. In: accounts; mutable (1 or empty).
+if [ ! /var/lib/nixos/accounts -ef "$accounts" ] || [ -z "$mutable" ]; then
   if [ ! -e /etc/passwd ] || [ -z "$mutable" ]; then
     install -m 644 "$accounts/passwd" "$accounts/group" /etc/
     install -m 640 -g 318 "$accounts/shadow" /etc/shadow
@@ -25,6 +24,5 @@ if [ "$(readlink /var/lib/nixos/accounts)" != "$accounts" ] || [ -z "$mutable" ]
   while read -r mode uid gid home; do
     [ -d "$home" ] || install -d -m "$mode" -o "$uid" -g "$gid" "$home"
   done < "$accounts/homes"
-  mkdir -p /var/lib/nixos /var/empty
   ln -sfn "$accounts" /var/lib/nixos/accounts
 fi

@@ -69,4 +69,5 @@ for file in spec["files"]:
         copies.append(f"{file['mode']} {file['user'].lstrip('+')} {file['group'].lstrip('+')} {file['target']}\n")
 (links / "systemd").mkdir(exist_ok=True)
 (links / "systemd" / "system").symlink_to("/etc/static/systemd/system")
+(out / "static").symlink_to(etc)
 (out / "copies").write_text("".join(copies))

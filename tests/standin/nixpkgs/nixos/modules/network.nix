@@ -71,7 +71,7 @@ in {
 
   config = {
     boot.kernelParams = mkIf (!cfg.usePredictableInterfaceNames) [ "net.ifnames=0" ];
-    boot.kernelModules = mkIf fw.enable [ "nf_tables" "nft_ct" ];
+    environment.systemPackages = mkIf fw.enable [ pkgs.nftables ];
     boot.kernel.sysctl."net.ipv6.conf.all.disable_ipv6" = mkIf (!cfg.enableIPv6) 1;
     environment.etc = {
       hostname.text = cfg.hostName + "\n";
@@ -84,7 +84,7 @@ in {
       wantedBy = [ "multi-user.target" ];
       wants = [ "network.target" ];
       before = [ "network-online.target" ];
-      after = [ "systemd-udev-settle.service" "systemd-modules-load.service" ];
+      after = [ "systemd-modules-load.service" ];
       unitConfig.ConditionPathExists = "/sys/class/net/eth0";
       # busybox's client, under the name of NixOS's: one process, and in the background once it has an address.
       serviceConfig = {

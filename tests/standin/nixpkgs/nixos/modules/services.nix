@@ -48,6 +48,13 @@ in {
     {
       systemd.services."getty@".serviceConfig.ExecStart = [ "" "-${agetty} --noclear --keep-baud %I 115200,38400,9600 $TERM" ];
       systemd.services."serial-getty@".serviceConfig.ExecStart = [ "" "-${agetty} --keep-baud 115200,57600,38400,9600 %I $TERM" ];
+      # What logind does in NixOS, for one small process: systemd-logind (with D-Bus) only starts when somebody asks for it.
+      systemd.services.power-button = {
+        description = "Power off when the power button is pressed";
+        wantedBy = [ "multi-user.target" ];
+        serviceConfig.ExecStart = "/bin/busybox acpid -f";
+      };
+      environment.etc."acpi/PWRF/00000080" = { mode = "0755"; text = "#!/bin/sh\nexec /usr/bin/systemctl poweroff\n"; };
       environment.etc.issue.text = "\n${cfg.getty.greetingLine}\n${cfg.getty.helpLine}\n\n";
       security.pam.names = [ "login" "su" "passwd" "chpasswd" "other" "runuser" "systemd-user" "sudo" "useradd" "usermod" ];
     }

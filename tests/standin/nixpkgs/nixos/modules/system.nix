@@ -107,7 +107,8 @@ in {
 
   config = {
     boot.kernelParams = [ "loglevel=${toString config.boot.consoleLogLevel}" ];
-    boot.kernel.sysctl = { "kernel.printk" = lib.mkDefault config.boot.consoleLogLevel; "kernel.kptr_restrict" = lib.mkDefault 1; };
+    systemd.services.systemd-sysctl = lib.mkIf (config.boot.kernel.sysctl != { }) { wantedBy = [ "sysinit.target" ]; };
+    systemd.services.systemd-modules-load = lib.mkIf (config.boot.kernelModules != [ ]) { wantedBy = [ "sysinit.target" ]; };
     environment.etc = {
       fstab.text = fstab;
       os-release.text = ''
@@ -122,11 +123,11 @@ in {
         VERSION_ID="${cfg.nixos.release}"
       '';
       NIXOS.text = "";
-      "sysctl.d/60-nixos.conf".text = lib.concatStrings (lib.mapAttrsToList (k: v:
-        lib.optionalString (v != null) "${k}=${if v == true then "1" else if v == false then "0" else toString v}\n") config.boot.kernel.sysctl);
-      "modules-load.d/nixos.conf".text = lib.concatLines config.boot.kernelModules;
+      "sysctl.d/60-nixos.conf" = lib.mkIf (config.boot.kernel.sysctl != { }) { text = lib.concatStrings (lib.mapAttrsToList (k: v:
+        lib.optionalString (v != null) "${k}=${if v == true then "1" else if v == false then "0" else toString v}\n") config.boot.kernel.sysctl); };
+      "modules-load.d/nixos.conf" = lib.mkIf (config.boot.kernelModules != [ ]) { text = lib.concatLines config.boot.kernelModules; };
     };
-    system.activationScripts.etc.text = "${pkgs.runtimeShell} ${./activate-etc.sh} ${cfg.build.etc}\n";
+    system.activationScripts.etc.text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n";
     system.activationScripts.specialfs.text = "";
     system.activationScripts.groups = { deps = [ "users" ]; text = ""; };
 
@@ -153,7 +154,7 @@ in {
         exportReferencesGraph = [ "closure" cfg.build.etc "closure-path" cfg.path ];
       } ''
         mkdir -p $out/bin
-        ln -s $kernel/bzImage $out/kernel; ln -s $initialRamdisk/initrd $out/initrd; ln -s /usr $out/kernel-modules
+        ln -s $kernel/image $out/kernel; ln -s $initialRamdisk/initrd $out/initrd; ln -s /usr $out/kernel-modules
         ln -s $etc/etc $out/etc; ln -s $path $out/sw; ln -s /usr/lib/systemd $out/systemd
         printf %s "$params" > $out/kernel-params; printf %s "$version" > $out/nixos-version; printf %s "$system" > $out/system
         echo 1 > $out/init-interface-version; echo "$extraDependencies" > $out/extra-dependencies

@@ -95,7 +95,8 @@ in {
     system.activationScripts.users = {
       deps = [ "etc" ];
       text = ''
-        ${if cfg.mutableUsers then "mutable=1" else "mutable="} ${pkgs.runtimeShell} ${./activate-users.sh} ${accounts}
+        accounts=${accounts} mutable=${lib.optionalString cfg.mutableUsers "1"}
+        source ${./activate-users.sh}
       '';
     };
 
