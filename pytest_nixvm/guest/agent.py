@@ -11,14 +11,14 @@ import base64
 import binascii
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pytest_nixvm.errors import AgentError, MachineGoneError
 from pytest_nixvm.guest.agent_client import AgentClient
-from pytest_nixvm.guest.agent_exec import GuestProcess
+from pytest_nixvm.guest.agent_exec import GuestProcess, Started
 from pytest_nixvm.guest.result import Command, CommandResult, display
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.wait import Deadline
@@ -41,37 +41,6 @@ class AgentInfo:
 
     version: str
     commands: frozenset[str]
-
-
-class Started:
-    """A command that runs in the guest while the test goes on."""
-
-    def __init__(
-        self, run: Callable[[Coroutine[Any, Any, Any], float, str], Any], process: GuestProcess
-    ) -> None:
-        self._run = run
-        self._process = process
-
-    @property
-    def pid(self) -> int:
-        """The process id in the guest; 0 if it could not be started."""
-        return self._process.pid
-
-    def poll(self, timeout: float = 10) -> CommandResult | None:
-        """Return the result, or None while it runs."""
-        if self._run(self._process.poll(timeout), timeout + 1, "guest-exec-status") is None:
-            return None
-        return self._process.complete()
-
-    def wait(self, timeout: float) -> CommandResult:
-        """Wait for the end. After `timeout` seconds it is killed as by `Agent.exec`."""
-        result = self._run(self._process.wait(Deadline(timeout)), timeout + 30, "a command's end")
-        assert isinstance(result, CommandResult)  # noqa: S101 - for the type checker
-        return result
-
-    def kill(self) -> None:
-        """Kill the command and all it has started."""
-        self._run(self._process.kill(), 60, "a command to be killed")
 
 
 class Agent:
@@ -207,13 +176,31 @@ class Agent:
     def shutdown(
         self, mode: Literal["powerdown", "reboot", "halt"] = "powerdown", timeout: float = 10
     ) -> None:
-        """Ask the guest to shut down. Returns at once: the agent does not answer this."""
+        """Begin to shut the guest down. Returns before it is down.
 
-        async def send() -> None:
-            client = await self._connected()
-            await client.send_only("guest-shutdown", {"mode": mode})
+        By systemctl, because `guest-shutdown` calls /sbin/shutdown, which needs D-Bus or is not
+        there, and is answered only if it fails; `guest-shutdown` where there is no systemctl.
+        Raises `AgentError` if systemctl refuses.
+        """
+        verb = "poweroff" if mode == "powerdown" else mode
+        started = self.start(["systemctl", "--no-block", verb])
+        deadline = Deadline(timeout)
+        result = None
+        while result is None and not deadline.expired:
+            try:
+                result = started.poll(timeout=1)
+            except (AgentError, MachineGoneError):
+                return  # it is under way: the agent has gone before it could tell
+            time.sleep(0 if result is not None else 0.03)
+        if result is not None and result.returncode == 127:
 
-        self._run(send(), timeout, "guest-shutdown")
+            async def send() -> None:
+                client = await self._connected()
+                await client.send_only("guest-shutdown", {"mode": mode})
+
+            self._run(send(), timeout, "guest-shutdown")
+        elif result is not None and not result.ok:
+            raise AgentError(f"systemctl {verb} failed: {result.stderr.strip()}")
 
     # --- time ----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from pytest_nixvm.errors import AgentError, CommandError, CommandTimeoutError
@@ -145,3 +145,34 @@ class GuestProcess:
     def _ended(self, returncode: int, stdout: bytes, stderr: bytes) -> CommandResult:
         duration = time.monotonic() - self._began
         return CommandResult(self._command, returncode, stdout, stderr, duration, channel="agent")
+
+
+class Started:
+    """A command that runs in the guest while the test goes on."""
+
+    def __init__(
+        self, run: Callable[[Coroutine[Any, Any, Any], float, str], Any], process: GuestProcess
+    ) -> None:
+        self._run = run
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """The process id in the guest; 0 if it could not be started."""
+        return self._process.pid
+
+    def poll(self, timeout: float = 10) -> CommandResult | None:
+        """Return the result, or None while it runs."""
+        if self._run(self._process.poll(timeout), timeout + 1, "guest-exec-status") is None:
+            return None
+        return self._process.complete()
+
+    def wait(self, timeout: float) -> CommandResult:
+        """Wait for the end. After `timeout` seconds it is killed as by `Agent.exec`."""
+        result = self._run(self._process.wait(Deadline(timeout)), timeout + 30, "a command's end")
+        assert isinstance(result, CommandResult)  # noqa: S101 - for the type checker
+        return result
+
+    def kill(self) -> None:
+        """Kill the command and all it has started."""
+        self._run(self._process.kill(), 60, "a command to be killed")

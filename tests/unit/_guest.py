@@ -60,6 +60,12 @@ def io_thread() -> Iterator[IoThread]:
         io.close()
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody listens on a unix socket: it has a path before it does (proc(5))."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(line[-1] == str(path) and line[3] == "00010000" for line in lines)
+
+
 @contextlib.contextmanager
 def real_agent(directory: Path) -> Iterator[Path]:
     """QEMU's own guest agent on a socket, for commands that do no harm to this machine."""
@@ -67,7 +73,7 @@ def real_agent(directory: Path) -> Iterator[Path]:
     argv = [program("qemu-ga"), "-m", "unix-listen", "-p", str(path), "-t", str(directory)]
     process = subprocess.Popen([*argv, "-f", str(directory / "pid")], env={"PATH": "/nowhere"})
     try:
-        until(path.exists, "the agent's socket")
+        until(lambda: listens(path), "the agent's socket")
         yield path
     finally:
         process.terminate()

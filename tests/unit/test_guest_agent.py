@@ -288,11 +288,26 @@ def test_no_socket(io: IoThread, tmp_path: Path) -> None:
         Agent(io, tmp_path / "none").connect()
 
 
-def test_shutdown_waits_for_no_answer(io: IoThread, fake: FakeAgent) -> None:
+def test_shutdown(io: IoThread, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = {"pid": 5}
+    fake.answers["guest-exec-status"] = {"exited": True, "exitcode": 0}
+    agent = Agent(io, fake.path)
+    agent.shutdown()
+    assert fake.requests[0]["arguments"]["arg"][-3:] == ["systemctl", "--no-block", "poweroff"]
+    fake.answers["guest-exec-status"] = {"exited": True, "exitcode": 1, "err-data": "bm8="}
+    with pytest.raises(AgentError, match="systemctl reboot failed: no"):
+        agent.shutdown("reboot")
+    fake.answers["guest-exec-status"] = lambda _: fake.hang_up()  # gone before it could tell
+    agent.shutdown("halt")
+
+
+def test_shutdown_where_there_is_no_systemctl(io: IoThread, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = {"pid": 5}
+    fake.answers["guest-exec-status"] = {"exited": True, "exitcode": 127}
     Agent(io, fake.path).shutdown("reboot")
-    until(lambda: fake.requests, "the request")
-    assert fake.requests[0]["execute"] == "guest-shutdown"
-    assert fake.requests[0]["arguments"] == {"mode": "reboot"}
+    until(lambda: len(fake.requests) == 3, "the request")  # which is not answered
+    assert fake.requests[2]["execute"] == "guest-shutdown"
+    assert fake.requests[2]["arguments"] == {"mode": "reboot"}
 
 
 def test_an_ssh_key_is_added(io: IoThread, fake: FakeAgent) -> None:
