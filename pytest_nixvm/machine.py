@@ -124,7 +124,7 @@ class Machine(Verbs):
                 agent = Agent(self._io, self._qemu.agent_socket)
                 try:
                     report = wait_ready(
-                        self._qemu, self._console, agent, timeout=deadline.remaining(), step=step
+                        self._qemu, self._console, agent, deadline=deadline, step=step
                     )
                 except BaseException:
                     agent.close()
@@ -174,9 +174,7 @@ class Machine(Verbs):
             try:
                 agent.shutdown("reboot")
                 qemu.monitor.wait_event("RESET", timeout=deadline.remaining(), since=mark)
-                report = wait_ready(
-                    qemu, console, agent, timeout=deadline.remaining(), step=step, since=since
-                )
+                report = wait_ready(qemu, console, agent, deadline=deadline, step=step, since=since)
             except BaseException:
                 step.fail()
                 raise

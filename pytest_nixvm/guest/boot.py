@@ -142,16 +142,15 @@ def wait_ready(
     console: Console,
     agent: Agent,
     *,
-    timeout: float,
+    deadline: Deadline,
     step: Step,
     since: int = 0,
 ) -> BootReport:
     """Wait until the agent answers and systemd has nothing left to start.
 
-    `timeout` counts in seconds from now; `since` is the console's offset at which this boot began.
+    `deadline` is the boot's; `since` is the console's offset at which this boot began.
     Raises `BootError` as soon as it is known that the VM won't get there.
     """
-    deadline = Deadline(timeout)
     began = time.monotonic()
     watch = Watch(qemu, console, since)
     watch.wake = agent.cancel

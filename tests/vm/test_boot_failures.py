@@ -12,7 +12,7 @@ from pytest_nixvm.errors import BootError, QemuError
 def test_a_panic(fleet_of):
     began = time.monotonic()
     with pytest.raises(
-        BootError, match=r"(?s)the kernel panicked.*Attempted to kill init"
+        BootError, match=r"(?s)the kernel panicked: VFS.*Stage reached: kernel"
     ) as caught:
         fleet_of("broken").start("panics")
 

@@ -24,7 +24,7 @@
     in
     {
       nixosConfigurations = builtins.mapAttrs machine {
-        # An init that ends: the kernel panics.
+        # No initrd to run, and no root of its own: the kernel panics.
         panics.boot.kernelParams = [ "rdinit=/bin/false" ];
         # A file system that is not there, needed by local-fs.target: emergency mode.
         emergency.systemd.services.lost-disk = {
