@@ -55,7 +55,10 @@ let
     links = lib.mapAttrsToList (from: to: "${from}=${to}") (names.links.${name} or { });
   } (builtins.readFile ./package.sh))) lock.packages;
 
-  self = {
+  # Well-known names that are not here: an undefined variable would not say why.
+  lacking = lib.genAttrs names.lacking (name: throw "the stand-in for nixpkgs has no package `${name}'; it can be added to tests/standin/nixpkgs/pkgs/debian.json if Debian has it");
+
+  self = lacking // {
     inherit lib system;
     inherit (build) runCommand runCommandLocal symlinkJoin linkFarm writeTextFile writeText writeTextDir writeScript writeScriptBin;
     writeShellScript = name: text: build.writeScript name "#!${self.runtimeShell}\n${text}";

@@ -1,16 +1,17 @@
-"""Write $out/etc (what /etc/static shows), $out/links (what is copied to /etc), $out/scripts (of units).
+"""build-etc.py SPEC OUT: what /etc/static shows (OUT/etc), what is copied to /etc (OUT/links), and
+the units' scripts (OUT/scripts).
 
-In: $specPath, JSON with `files` (environment.etc), `units` (name → {text, links, scripts, dropin}) and `info` (of the base).
-A file of mode "symlink" becomes a link to /etc/static; any other mode is a copy, listed in $out/copies with mode and owner.
+SPEC is JSON: `files` (environment.etc), `units` (name → text, scripts, where it is wanted) and
+`info` (of the base: the units that Debian ships). A file of mode "symlink" becomes a link to
+/etc/static; one of any other mode is a copy, listed in OUT/copies with mode and owner.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-out = Path(os.environ["out"])
-spec = json.loads(Path(os.environ["specPath"]).read_text())
+spec = json.loads(Path(sys.argv[1]).read_text())
+out = Path(sys.argv[2])
 etc, links, scripts = out / "etc", out / "links", out / "scripts"
 system = etc / "systemd" / "system"
 for directory in (system, links, scripts):
@@ -44,7 +45,11 @@ for name, unit in spec["units"].items():
     path.write_text(text)
     for kind in ("wants", "requires", "upholds"):
         for target in unit[kind]:
-            source = f"/usr/lib/systemd/system/{template}" if shipped and unit["override"] else f"../{template}"
+            source = (
+                f"/usr/lib/systemd/system/{template}"
+                if shipped and unit["override"]
+                else f"../{template}"
+            )
             link(system / f"{target}.{kind}" / name, source)
     for alias in unit["aliases"]:
         link(system / alias, name)
@@ -63,10 +68,13 @@ for file in spec["files"]:
         continue  # that directory is one link
     shown = links / file["target"]
     shown.parent.mkdir(parents=True, exist_ok=True)
-    if file["mode"] in ("symlink", "direct-symlink"):
+    if file["mode"] == "symlink":
         shown.symlink_to(f"/etc/static/{file['target']}")
+    elif file["mode"] == "direct-symlink":
+        shown.symlink_to(file["source"])
     else:
-        copies.append(f"{file['mode']} {file['user'].lstrip('+')} {file['group'].lstrip('+')} {file['target']}\n")
+        owner, group = file["user"].lstrip("+"), file["group"].lstrip("+")
+        copies.append(f"{file['mode']} {owner} {group} {file['target']}\n")
 (links / "systemd").mkdir(exist_ok=True)
 (links / "systemd" / "system").symlink_to("/etc/static/systemd/system")
 (out / "static").symlink_to(etc)

@@ -1,15 +1,18 @@
-"""Write $out/passwd, group, shadow (as on a first boot), homes, and password-files. In: $specPath, the users and groups."""
+"""build-users.py SPEC OUT: passwd, group and shadow as on a first boot, homes, and password-files.
+
+SPEC is JSON: the users and groups of the configuration.
+"""
 
 import hashlib
 import json
-import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-out = Path(os.environ["out"])
-spec = json.loads(Path(os.environ["specPath"]).read_text())
+spec = json.loads(Path(sys.argv[1]).read_text())
+out = Path(sys.argv[2])
 users: list[dict[str, Any]] = sorted(spec["users"], key=lambda u: u["name"])
 groups: list[dict[str, Any]] = sorted(spec["groups"], key=lambda g: g["name"])
 
@@ -22,11 +25,16 @@ def free(numbers: range, taken: set[int]) -> Iterator[int]:
 def hashed(password: str, salt: str) -> str:
     salt = hashlib.sha256(f"{salt}:{password}".encode()).hexdigest()[:16]
     argv = ["openssl", "passwd", "-6", "-salt", salt, "-stdin"]
-    return subprocess.run(argv, input=password + "\n", capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        argv, input=password + "\n", capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def secret(user: dict[str, Any]) -> str:
-    for plain, crypted in (("password", "hashedPassword"), ("initialPassword", "initialHashedPassword")):
+    for plain, crypted in (
+        ("password", "hashedPassword"),
+        ("initialPassword", "initialHashedPassword"),
+    ):
         if user[crypted] is not None:
             return str(user[crypted])
         if user[plain] is not None:
@@ -52,21 +60,29 @@ for user in users:
 members: dict[str, set[str]] = {g["name"]: set(g["members"]) for g in groups}
 for user in users:
     for name in user["extraGroups"]:
-        members.setdefault(name, set()).add(user["name"])  # NixOS ignores a group that does not exist, too
+        members.setdefault(name, set()).add(
+            user["name"]
+        )  # NixOS ignores a group that does not exist, too
 
 users.sort(key=lambda u: u["uid"])
 out.mkdir()
-(out / "passwd").write_text("".join(
-    f"{u['name']}:x:{u['uid']}:{gids[u['group']]}:{u['description']}:{u['home']}:{u['shell'] or ''}\n" for u in users
-))  # fmt: skip
-(out / "group").write_text("".join(f"{g['name']}:x:{g['gid']}:{','.join(sorted(members[g['name']]))}\n" for g in groups))
-(out / "shadow").write_text("".join(f"{u['name']}:{secret(u)}:1::::::\n" for u in users))
+
+
+def write(name: str, lines: Iterable[str]) -> None:
+    (out / name).write_text("".join(f"{line}\n" for line in lines))
+
+
+def passwd_line(user: dict[str, Any]) -> str:
+    rest = [user["description"], user["home"], user["shell"] or ""]
+    return ":".join([user["name"], "x", str(user["uid"]), str(gids[user["group"]]), *rest])
+
+
+write("passwd", map(passwd_line, users))
+write("group", (f"{g['name']}:x:{g['gid']}:{','.join(sorted(members[g['name']]))}" for g in groups))
+write("shadow", (f"{u['name']}:{secret(u)}:1::::::" for u in users))
 # Accounts whose password the configuration decides even when users are mutable.
-fixed = [u["name"] for u in users if u["password"] is not None or u["hashedPassword"] is not None]
-(out / "fixed").write_text("".join(f"{name}\n" for name in fixed))
-(out / "homes").write_text("".join(
-    f"{u['homeMode']} {u['uid']} {gids[u['group']]} {u['home']}\n" for u in users if u["createHome"]
-))  # fmt: skip
-(out / "password-files").write_text("".join(
-    f"{u['name']} {u['hashedPasswordFile']}\n" for u in users if u["hashedPasswordFile"] is not None
-))  # fmt: skip
+write("fixed", (u["name"] for u in users if u["password"] or u["hashedPassword"]))
+homes = ((u, gids[u["group"]]) for u in users if u["createHome"])
+write("homes", (f"{u['homeMode']} {u['uid']} {gid} {u['home']}" for u, gid in homes))
+files = ((u["name"], u["hashedPasswordFile"]) for u in users if u["hashedPasswordFile"])
+write("password-files", (f"{name} {file}" for name, file in files))

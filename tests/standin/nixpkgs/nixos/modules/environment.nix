@@ -98,6 +98,6 @@ in {
         info = "${pkgs.standin.base.info}";
       };
       passAsFile = [ "spec" ];
-    } "exec python3 ${./build-etc.py}";
+    } "exec python3 ${./build-etc.py} $specPath $out";
   };
 }

@@ -27,7 +27,7 @@ in {
       else throw "Neither nixpkgs.hostPlatform nor the legacy option nixpkgs.system has been set.\nYou can set nixpkgs.hostPlatform in hardware-configuration.nix by re-running\na recent version of nixos-generate-config.");
     _module.args.pkgs = lib.mkOptionDefault (cfg.pkgs // { inherit (cfg) config; });
     environment.etc = {
-      localtime = lib.mkIf (config.time.timeZone != null) { source = "/usr/share/zoneinfo/${config.time.timeZone}"; };
+      localtime = lib.mkIf (config.time.timeZone != null) { source = "/usr/share/zoneinfo/${config.time.timeZone}"; mode = "direct-symlink"; };
       "locale.conf".text = "LANG=${config.i18n.defaultLocale}\n";
     };
   };

@@ -106,6 +106,10 @@ in {
   };
 
   config = {
+    assertions = [ {
+      assertion = lib.any (fs: fs.mountPoint == "/") mountOrder;
+      message = "The ‘fileSystems’ option does not specify your root file system.";
+    } ];
     boot.kernelParams = [ "loglevel=${toString config.boot.consoleLogLevel}" ];
     systemd.services.systemd-sysctl = lib.mkIf (config.boot.kernel.sysctl != { }) { wantedBy = [ "sysinit.target" ]; };
     systemd.services.systemd-modules-load = lib.mkIf (config.boot.kernelModules != [ ]) { wantedBy = [ "sysinit.target" ]; };

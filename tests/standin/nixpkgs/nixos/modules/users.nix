@@ -57,7 +57,7 @@ let
       groups = lib.attrValues cfg.groups;
     };
     passAsFile = [ "spec" ];
-  } "exec python3 ${./build-users.py}";
+  } "exec python3 ${./build-users.py} $specPath $out";
 in {
   options.users = {
     users = mkOption { type = types.attrsOf (types.submodule user); default = { }; };

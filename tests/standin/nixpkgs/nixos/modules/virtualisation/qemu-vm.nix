@@ -32,6 +32,7 @@ let
   # What has to be in the store image, and where the paths stand that `additionalPaths` promises.
   closure = pkgs.standin.run "closure-info" { exportReferencesGraph = lib.concatLists (lib.imap0 (n: p: [ "graph-${toString n}" p ]) cfg.additionalPaths); } ''
     mkdir -p $out; sort -u graph-* | grep "^$NIX_STORE/" > $out/store-paths
+    touch $out/registration # for a nix in the guest, which has none
   '';
   start = ''
     #! /bin/bash
@@ -62,15 +63,17 @@ let
 
     ${optionalString cfg.useNixStoreImage ''
       echo "Creating Nix store image..."
-      rm -rf "$TMPDIR/store"; mkdir -p "$TMPDIR/store"
+      removeStoreCopy() { # its directories are ours, its files may be the store's own
+        [ ! -e "$TMPDIR/store" ] || { find "$TMPDIR/store" -type d -exec chmod u+w {} +; rm -rf "$TMPDIR/store"; }
+      }
+      removeStoreCopy; mkdir -p "$TMPDIR/store"
       # Hard links where that is possible: same file system, and protected_hardlinks lets us.
       xargs cp -al -t "$TMPDIR/store" < ${closure}/store-paths 2> /dev/null || {
-        chmod -R u+w "$TMPDIR/store"; rm -rf "$TMPDIR/store"; mkdir -p "$TMPDIR/store"
+        removeStoreCopy; mkdir -p "$TMPDIR/store"
         xargs cp -a -t "$TMPDIR/store" < ${closure}/store-paths
       }
       mkfs.erofs --quiet --force-uid=0 --force-gid=0 -T 0 -x-1 "$TMPDIR/store.img" "$TMPDIR/store"
-      find "$TMPDIR/store" -type d -exec chmod u+w {} +
-      rm -rf "$TMPDIR/store"
+      removeStoreCopy
       echo "Created Nix store image."
     ''}
     # Create a directory for exchanging data with the VM.

@@ -1,0 +1,285 @@
+"""The stand-in for nixpkgs says what nixpkgs says: values, priorities, errors. Evaluation only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NIXPKGS = Path(__file__).parent.parent / "standin" / "nixpkgs"
+TIMEOUT = 60  # seconds for one evaluation; it takes a tenth of one
+
+pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+
+
+class EvaluationFailed(Exception):
+    pass
+
+
+Evaluate = Callable[[str, str], Any]
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in as `prepare` lays it out, with a lock that names no package."""
+    target = tmp_path_factory.mktemp("standin") / "nixpkgs"
+    shutil.copytree(NIXPKGS, target)
+    lock = {"debs": {}, "kernel": "linux", "base": [], "packages": {}}
+    (target / "lock.json").write_text(json.dumps(lock))
+    return target
+
+
+@pytest.fixture(scope="session")
+def evaluate(standin: Path) -> Evaluate:
+    """evaluate(modules, expression): the expression may use c (nixosSystem's result) and lib."""
+
+    def run(modules: str, expression: str) -> Any:
+        text = f"""
+          let
+            nixpkgs = (import {standin}/flake.nix).outputs {{ self = {{ }}; }};
+            inherit (nixpkgs) lib;
+            c = lib.nixosSystem {{
+              modules = [ {{ nixpkgs.hostPlatform = "x86_64-linux"; }} {modules} ];
+            }};
+          in {expression}
+        """
+        done = subprocess.run(
+            ["nix-instantiate", "--eval", "--strict", "--json", "--expr", text],
+            env={**os.environ, "NIX_CONFIG": "build-users-group ="},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        if done.returncode:
+            raise EvaluationFailed(done.stderr)
+        return json.loads(done.stdout)
+
+    return run
+
+
+def option(type_: str) -> str:
+    return (
+        f"({{ lib, ... }}: {{ options.x = lib.mkOption {{ type = with lib.types; {type_}; }}; }})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("definitions", "value"),
+    [
+        ("{ x = 1; }", 1),
+        ("({ lib, ... }: { x = lib.mkDefault 1; }) { x = 2; }", 2),
+        ("({ lib, ... }: { x = lib.mkForce 1; }) { x = 2; }", 1),
+        ("({ lib, ... }: { x = lib.mkForce 1; }) ({ lib, ... }: { x = lib.mkVMOverride 3; })", 3),
+        ("({ lib, ... }: { x = lib.mkMerge [ (lib.mkIf false 1) (lib.mkIf true 2) ]; })", 2),
+        ("({ lib, config, ... }: lib.mkIf (config.networking.hostName == 'nixos') { x = 7; })", 7),
+    ],
+)
+def test_priorities_and_conditions(evaluate: Evaluate, definitions: str, value: int) -> None:
+    assert evaluate(option("int") + definitions.replace("'", '"'), "c.config.x") == value
+
+
+def test_lists_keep_the_order_of_before_and_after(evaluate: Evaluate) -> None:
+    modules = """
+      ({ lib, ... }: { x = lib.mkAfter [ 3 ]; })
+      { x = [ 2 ]; }
+      ({ lib, ... }: { x = lib.mkBefore [ 1 ]; })
+    """
+    assert evaluate(option("listOf int") + modules, "c.config.x") == [1, 2, 3]
+
+
+def test_submodules_know_their_name_and_merge(evaluate: Evaluate) -> None:
+    modules = """
+      ({ lib, ... }: {
+        options.vms = lib.mkOption {
+          type = lib.types.attrsOf (lib.types.submodule ({ name, config, ... }: {
+            options.title = lib.mkOption { type = lib.types.str; default = name; };
+            options.size = lib.mkOption { type = lib.types.ints.positive; };
+            options.double = lib.mkOption { type = lib.types.int; default = config.size * 2; };
+          }));
+        };
+      })
+      ({ lib, ... }: { vms.a.size = lib.mkDefault 1; })
+      { vms.a.size = 4; vms.b = { size = 2; title = "second"; }; }
+    """
+    assert evaluate(modules, "c.config.vms") == {
+        "a": {"title": "a", "size": 4, "double": 8},
+        "b": {"title": "second", "size": 2, "double": 4},
+    }
+
+
+def test_free_form_settings_keep_their_declared_options(evaluate: Evaluate) -> None:
+    modules = '{ services.openssh.settings = { MaxAuthTries = 3; PermitRootLogin = "no"; }; }'
+    settings = evaluate(modules, "c.config.services.openssh.settings")
+    assert (settings["MaxAuthTries"], settings["PermitRootLogin"], settings["X11Forwarding"]) == (
+        3,
+        "no",
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("type_", "definitions", "message"),
+    [
+        ("int", '{ x = "20G"; }', "A definition for option `x' is not of type `signed integer'."),
+        ("ints.positive", "{ x = 0; }", "is not of type `positive integer, meaning >0'"),
+        (
+            "port",
+            "{ x = 70000; }",
+            "is not of type `16 bit unsigned integer; between 0 and 65535 (both inclusive)'",
+        ),
+        ("bool", '{ x = "yes"; }', "is not of type `boolean'"),
+        ("path", '{ x = "relative"; }', "is not of type `absolute path'"),
+        ("nullOr str", "{ x = 1; }", "is not of type `null or string'"),
+        (
+            "listOf str",
+            "{ x = [ 1 ]; }",
+            "option `x.[definition 1-entry 1]' is not of type `string'",
+        ),
+        ("attrsOf int", "{ x.y = true; }", "option `x.y' is not of type `signed integer'"),
+        ('enum [ "a" "b" ]', '{ x = "c"; }', 'is not of type `one of "a", "b"\''),
+        ("either int bool", '{ x = "c"; }', "is not of type `signed integer or boolean'"),
+        (
+            'strMatching "[0-9]+G"',
+            '{ x = "20M"; }',
+            "is not of type `string matching the pattern [0-9]+G'",
+        ),
+        ("int", "{ x = 1; } { x = 2; }", "The option `x' has conflicting definition values:"),
+        (
+            "int",
+            "{ }",
+            "The option `x' was accessed but has no value defined. Try setting the option.",
+        ),
+        ("submodule { }", "{ x.nothing = 1; }", "The option `x.nothing' does not exist."),
+    ],
+)
+def test_a_wrong_definition_is_named(
+    evaluate: Evaluate, type_: str, definitions: str, message: str
+) -> None:
+    with pytest.raises(EvaluationFailed) as raised:
+        evaluate(option(type_) + definitions, "c.config.x")
+    assert message in str(raised.value)
+
+
+def test_an_error_tells_the_file_and_the_value(evaluate: Evaluate, tmp_path: Path) -> None:
+    module = tmp_path / "host.nix"
+    module.write_text('{ virtualisation.vmVariant.virtualisation.diskSize = "20G"; }')
+    with pytest.raises(EvaluationFailed) as raised:
+        evaluate(str(module), "c.config.virtualisation.vmVariant.virtualisation.diskSize")
+    assert (
+        "`virtualisation.vmVariant.virtualisation.diskSize' is not of type `positive integer"
+        in str(raised.value)
+    )
+    assert f'- In `{module}\': "20G"' in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ('{ networking.hostname = "x"; }', "The option `networking.hostname' does not exist."),
+        (
+            "{ virtualisation.memorySize = 1; }",
+            "The option `virtualisation.memorySize' does not exist.",
+        ),
+        (
+            '{ networking.hostName = "under score!"; }',
+            "is not of type `string matching the pattern",
+        ),
+        ("{ options = { }; services = { }; }", "has an unsupported attribute `services'"),
+        (
+            "{ imports = [ ({ nobody, ... }: { system.name = nobody; }) ]; }",
+            "asks for the argument `nobody'",
+        ),
+    ],
+)
+def test_configurations_that_nixpkgs_refuses(
+    evaluate: Evaluate, modules: str, message: str
+) -> None:
+    with pytest.raises(EvaluationFailed) as raised:
+        evaluate(modules, "c.config.networking.hostName + c.config.system.name")
+    assert message in str(raised.value)
+
+
+def test_a_failed_assertion_stops_the_toplevel_and_the_vm(evaluate: Evaluate) -> None:
+    modules = '{ assertions = [ { assertion = false; message = "no cake"; } ]; }'
+    for attribute in ("toplevel", "vm"):
+        with pytest.raises(EvaluationFailed) as raised:
+            evaluate(modules, f"c.config.system.build.{attribute}.drvPath")
+        assert "Failed assertions:" in str(raised.value)
+        assert "- no cake" in str(raised.value)
+
+
+def test_a_user_without_group_or_kind_is_refused(evaluate: Evaluate) -> None:
+    with pytest.raises(EvaluationFailed) as raised:
+        evaluate("{ users.users.eve = { }; }", "c.config.system.build.vm.drvPath")
+    assert "users.users.eve.isSystemUser and users.users.eve.isNormalUser must be set" in str(
+        raised.value
+    )
+    assert "users.users.eve.group is unset" in str(raised.value)
+
+
+def test_a_missing_package_is_explained(evaluate: Evaluate) -> None:
+    with pytest.raises(EvaluationFailed) as raised:
+        evaluate("", "c.pkgs.firefox.name")
+    assert "has no package `firefox'" in str(raised.value)
+
+
+def test_disabled_modules_are_not_loaded(evaluate: Evaluate, tmp_path: Path) -> None:
+    module = tmp_path / "unwanted.nix"
+    module.write_text('{ networking.hostName = "unwanted"; }')
+    modules = f"{module} {{ disabledModules = [ {module} ]; }}"
+    assert evaluate(modules, "c.config.networking.hostName") == "nixos"
+
+
+VM = "{ virtualisation.memorySize = lib.mkForce 512; }"
+
+
+@pytest.mark.parametrize(
+    ("modules", "direct"),
+    [
+        ("{ virtualisation.vmVariant.virtualisation.cores = 3; }", False),
+        ("""({ modulesPath, ... }: {
+          imports = [ "${modulesPath}/virtualisation/qemu-vm.nix" ]; virtualisation.cores = 3;
+        })""", True),
+    ],
+)  # fmt: skip
+def test_the_vm_can_be_extended_either_way(evaluate: Evaluate, modules: str, direct: bool) -> None:
+    """What the plugin does to a configuration, which keeps what it says itself."""
+    extension = f"({{ lib, ... }}: {VM})"
+    if not direct:
+        extension = f"{{ virtualisation.vmVariant = {extension}; }}"
+    expression = f"""
+      let
+        e = (c.extendModules {{ modules = [ {extension} ]; }}).config;
+        v = if c.options.virtualisation ? useNixStoreImage then e else e.virtualisation.vmVariant;
+      in [ v.virtualisation.memorySize v.virtualisation.cores ]
+    """
+    assert evaluate(modules, expression) == [512, 3]
+    assert evaluate(modules, "c.options.virtualisation ? useNixStoreImage") is direct
+
+
+def test_functions_of_lib(evaluate: Evaluate) -> None:
+    cases = {
+        'lib.splitString "." "a.b.c"': ["a", "b", "c"],
+        'lib.toInt "08"': 8,
+        'lib.hasInfix "b" "abc"': True,
+        'lib.removeSuffix ".nix" "a.nix"': "a",
+        'lib.escapeShellArg "it\'s"': "'it'\\''s'",
+        "lib.recursiveUpdate { a.b = 1; a.c = 2; } { a.b = 3; }": {"a": {"b": 3, "c": 2}},
+        'lib.mapAttrs\' (n: v: lib.nameValuePair (n + v) n) { a = "x"; }': {"ax": "a"},
+        "lib.unique [ 1 2 1 ]": [1, 2],
+        "lib.range 2 4": [2, 3, 4],
+        "lib.pipe 1 [ (x: x + 1) toString ]": "2",
+        "lib.flatten [ 1 [ 2 [ 3 ] ] ]": [1, 2, 3],
+        "lib.partition (x: x > 1) [ 1 2 ]": {"right": [2], "wrong": [1]},
+        'lib.attrByPath [ "a" "b" ] 0 { a.b = 4; }': 4,
+        "lib.foldlAttrs (acc: n: v: acc + v) 0 { a = 1; b = 2; }": 3,
+        'lib.trim "  a b\\n"': "a b",
+        'lib.versionAtLeast "25.11" "25.05"': True,
+    }
+    assert evaluate("", f"[ {' '.join(f'({text})' for text in cases)} ]") == list(cases.values())
