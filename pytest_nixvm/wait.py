@@ -26,6 +26,11 @@ class Deadline:
         return left if at_most is None else min(left, at_most)
 
     @property
+    def elapsed(self) -> float:
+        """The seconds since it was made."""
+        return self.seconds - (self._end - time.monotonic())
+
+    @property
     def expired(self) -> bool:
         """Whether the time is over."""
         return time.monotonic() >= self._end

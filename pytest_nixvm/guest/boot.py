@@ -151,7 +151,6 @@ def wait_ready(
     `deadline` is the boot's; `since` is the console's offset at which this boot began.
     Raises `BootError` as soon as it is known that the VM won't get there.
     """
-    began = time.monotonic()
     watch = Watch(qemu, console, since)
     watch.wake = agent.cancel
     watch.open()
@@ -162,11 +161,11 @@ def wait_ready(
             agent.wait_ready(deadline.remaining())
         except (ChannelError, MachineGoneError) as error:
             raise _failure(watch, console, deadline, "its guest agent answers", error) from error
-        answered = time.monotonic() - began
+        answered = deadline.elapsed
         watch.wake = lambda: None
         stage = AGENT
         state, failed = _settle(agent, watch, deadline, step)
-        return BootReport(time.monotonic() - began, answered, state, failed)
+        return BootReport(deadline.elapsed, answered, state, failed)
     except (AgentError, MachineGoneError) as error:
         raise _failure(watch, console, deadline, "its units settle", error, stage) from error
     finally:
