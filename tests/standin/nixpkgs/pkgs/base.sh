@@ -23,7 +23,7 @@ keep() { # DIRECTORY NAME…: nothing else stays there
   done
 }
 u=usr/lib/systemd/system
-keep $u/sysinit.target.wants systemd-journal-flush.service systemd-journald.service systemd-tmpfiles-setup.service \
+keep $u/sysinit.target.wants systemd-journald.service systemd-tmpfiles-setup.service \
   systemd-udev-trigger.service systemd-udevd.service
 keep $u/sockets.target.wants systemd-journald-dev-log.socket systemd-journald.socket systemd-udevd-control.socket systemd-udevd-kernel.socket
 ln -s ../dbus.socket $u/sockets.target.wants/ # started by whoever asks: loginctl, hostnamectl, timedatectl

@@ -54,6 +54,8 @@ let
     echo "running activation script..."
     "$systemConfig/activate"
     ln -s "$systemConfig" /run/booted-system
+    # /var is there already: the journal need not be written to /run first, and then once more.
+    mkdir -p /run/systemd/journal; : > /run/systemd/journal/flushed
     ${config.boot.postBootCommands}
     echo "starting systemd..."
     export PATH=/run/current-system/sw/bin
