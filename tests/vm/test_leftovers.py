@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,28 +56,37 @@ class Session:
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *arguments: str) -> tuple[int, int]:
-        """Start pytest; return the pids of the process that has the VM, and of QEMU, when ready."""
+    def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start pytest."""
         environment = {
             **os.environ,
             "TMPDIR": str(self.temporary),
             "XDG_RUNTIME_DIR": str(self.runtime),
         }
-        self.log = (self.directory / "log").open("wb")
-        self.process = subprocess.Popen(
-            [*self.command, *arguments],
-            cwd=self.directory,
-            env=environment,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        ready = self.directory / "ready"
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.command, *arguments],
+                cwd=self.directory,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self.process
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what pytest does, as long as it runs, two minutes at most."""
         until = time.monotonic() + 120
-        while not ready.exists():
+        while not condition():
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < until, self.output()
-            time.sleep(0.05)
+            time.sleep(0.02)
+
+    def start(self, *arguments: str) -> tuple[int, int]:
+        """Start pytest; return the pids of the process that has the VM, and of QEMU, when ready."""
+        self.launch(*arguments)
+        ready = self.directory / "ready"
+        self.wait_until(ready.exists)
         tester, qemu = ready.read_text().split()
         return int(tester), int(qemu)
 
@@ -119,10 +129,12 @@ def flake(flake_copy: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def session(tmp_path: Path, arguments: list[str], flake: Path) -> Iterator[Session]:
-    session = Session(tmp_path, arguments, flake)
-    yield session
-    session.end()
+def session(arguments: list[str], flake: Path) -> Iterator[Session]:
+    # tmp_path is too deep for sockets
+    with tempfile.TemporaryDirectory(prefix="left-") as directory:
+        session = Session(Path(directory), arguments, flake)
+        yield session
+        session.end()
 
 
 @pytest.mark.parametrize("which", ["passes", "fails"])
@@ -153,26 +165,8 @@ def test_ctrl_c_twice(session):
 
 
 def test_killed_while_booting(session):
-    session.start("-k", "passes")  # builds, so that the next one begins to boot at once
-    session.process.wait(60)
-    (session.directory / "ready").unlink()
-    process = subprocess.Popen(
-        [*session.command, "-k", "passes"],
-        cwd=session.directory,
-        env={
-            **os.environ,
-            "TMPDIR": str(session.temporary),
-            "XDG_RUNTIME_DIR": str(session.runtime),
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 30
-    while not any("qemu-system" in line for line in session.left()):
-        assert time.monotonic() < until
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = session.launch("-k", "passes")
+    session.wait_until(lambda: any("qemu-system" in line for line in session.left()))
     process.kill()
     process.wait(30)
     session.assert_nothing_left()
@@ -180,7 +174,8 @@ def test_killed_while_booting(session):
 
 def test_pytest_timeout_by_thread(session):
     pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed")
-    session.start("-k", "stays", "--timeout=40", "--timeout-method=thread")
+    options = ["--timeout=3", "--timeout-method=thread", "-o", "timeout_func_only=true"]
+    session.start("-k", "stays", *options)
     session.process.wait(90)
     session.assert_nothing_left()
 
