@@ -177,7 +177,7 @@ class Serial:
                 prompt = rf"nixvm-{token}-shell-.*-\n(?:.*\n)*.*{PROMPT.pattern}"
                 self.console.wait_for(prompt, seconds, since)
                 since = self.console.mark()
-                self.send("exec bash --norc --noprofile\n")
+                self.send("exec env PS1='$ ' bash --norc --noprofile\n")
                 self.console.wait_for(PROMPT, seconds, since)
             since = self.console.mark()
             self.send(settle_in(token) + "\n")

@@ -76,7 +76,7 @@ def real_agent(directory: Path) -> Iterator[Path]:
         until(lambda: listens(path), "the agent's socket")
         yield path
     finally:
-        process.terminate()
+        process.kill()  # it loses a SIGTERM that comes while it starts
         process.wait(5)
 
 

@@ -309,9 +309,12 @@ def test_a_console_that_logs_in_by_itself(io: IoThread, directory: Path) -> None
         guest.close()
 
 
-@pytest.mark.parametrize("name", ["sh", "bash", "zsh", "fish"])
-def test_shells_of_all_kinds(io: IoThread, directory: Path, name: str) -> None:
-    fake = f"PATH={directory}/bin:$PATH"
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [("sh", "a prompt; like no other "), ("bash", PS1), ("zsh", "%m%# "), ("fish", "")],
+)
+def test_shells_of_all_kinds(io: IoThread, directory: Path, name: str, prompt: str) -> None:
+    fake = f"PATH={directory}/bin:$PATH PS1='{prompt}'"
     guest = Guest(io, directory, ["/bin/sh", "-c", f"{fake} exec {program(name)} -i"])
     try:
         guest.serial.login("root", timeout=20)

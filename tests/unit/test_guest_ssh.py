@@ -216,14 +216,15 @@ def test_sshd_killed_in_the_middle_of_a_command_then_back(tmp_path: Path) -> Non
         started = tmp_path / "started"
 
         def kill() -> None:
-            until(started.exists, "the command")
+            until(lambda: started.exists() and started.read_text().strip(), "the command")
             server.stop()
 
         killer = threading.Thread(target=kill)
         killer.start()
         with pytest.raises(SshError, match=r"broke during(?s:.*)stdout until then:\n *half"):
-            ssh.run(f"echo half; touch {started}; sleep 4711.4", timeout=30)
+            ssh.run(f"echo half; echo $$ >{started}; exec sleep 4711.4", timeout=30)
         killer.join()
+        os.kill(int(started.read_text()), 9)  # nobody else does: that is what sshd is like
         server.start()
         # The next command logs in again by itself.
         assert ssh.run(["echo", "back"]).stdout == "back\n"

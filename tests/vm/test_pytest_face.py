@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import ROOT
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
