@@ -126,7 +126,7 @@ def test_the_log_that_cannot_be_written_is_named(supervisor: Supervisor, tmp_pat
         supervisor.spawn(["/bin/true"], env=PATH, cwd=tmp_path, log=tmp_path / "absent" / "log")
 
 
-# Signals 32 and 33 are glibc's own, and whatever its posix_spawn starts (GNU make's recipes) ignores
+# Signals 32 and 33 are glibc's own. Whatever its posix_spawn starts (GNU make's recipes) ignores
 # them; no program can change that.
 GLIBC = 1 << 31 | 1 << 32
 
