@@ -20,7 +20,7 @@ from pytest_nixvm.run import RUN, Run
 from pytest_nixvm.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
-    from xdist.workermanage import WorkerController  # type: ignore[import-untyped]
+    from xdist.workermanage import WorkerController
 
 __all__ = ["agent", "machines", "nixvm", "nixvm_machine", "qmp", "serial", "ssh", "vm"]
 
