@@ -29,8 +29,8 @@ keep $u/sockets.target.wants systemd-journald-dev-log.socket systemd-journald.so
 ln -s ../dbus.socket $u/sockets.target.wants/ # started by whoever asks: loginctl, hostnamectl, timedatectl
 keep $u/multi-user.target.wants getty.target; keep $u/timers.target.wants systemd-tmpfiles-clean.timer
 for d in graphical getty local-fs rescue; do keep $u/$d.target.wants; done
-rm -rf $u/ssh.* $u/ssh@* $u/sshd* $u/rescue-ssh.target usr/lib/systemd/system-generators/sshd* $u/qemu-guest-agent.service $u/nftables.service $u/e2scrub* $u/fstrim.timer \
-  $u/systemd-journald-audit.socket $u/systemd-remount-fs.service
+rm -rf $u/ssh.* $u/ssh@* $u/sshd* $u/rescue-ssh.target $u/qemu-guest-agent.service $u/nftables.service $u/e2scrub* $u/fstrim.timer \
+  $u/systemd-journald-audit.socket $u/systemd-remount-fs.service $u/systemd-udev-load-credentials.service $u/tmp.mount
 # Building a system call filter for each of them takes longer than all that they do.
 sed -i -E '/^(SystemCall|IPAddress|MemoryDeny|Restrict(Namespaces|Realtime|SUIDSGID|AddressFamilies)|LockPersonality|ProtectClock|WatchdogSec)/d' \
   $u/systemd-{journald,udevd,logind,hostnamed,timedated,localed}.service

@@ -23,7 +23,7 @@ in {
     boot.initrd = { availableKernelModules = strings; kernelModules = strings; luks = free; systemd.enable = off; supportedFilesystems = any; verbose = on; secrets = free; network = free; includeDefaultModules = on; };
     boot.kernelPackages = any; boot.extraModulePackages = mkOption { type = types.listOf types.raw; default = [ ]; };
     boot.blacklistedKernelModules = strings; boot.extraModprobeConfig = mkOption { type = types.lines; default = ""; };
-    boot.supportedFilesystems = any; boot.growPartition = off; boot.isContainer = off; boot.plymouth.enable = off; boot.tmp.cleanOnBoot = off; boot.binfmt = free;
+    boot.supportedFilesystems = any; boot.growPartition = off; boot.isContainer = off; boot.plymouth.enable = off; boot.tmp = { cleanOnBoot = off; useTmpfs = off; }; boot.binfmt = free;
     console = { keyMap = mkOption { type = types.either types.str types.path; default = "us"; }; font = any; enable = on; earlySetup = off; useXkbConfig = off; };
     documentation = { enable = on; nixos.enable = on; man.enable = on; doc.enable = on; info.enable = on; dev.enable = off; };
     fonts = free; gtk = free; qt = free; xdg = free; powerManagement = free; sound = free;

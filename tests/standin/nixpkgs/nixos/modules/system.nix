@@ -86,7 +86,6 @@ in {
       kernel.sysctl = mkOption { type = types.attrsOf (types.nullOr (types.oneOf [ types.bool types.int types.str ])); default = { }; };
       consoleLogLevel = mkOption { type = types.int; default = 4; };
       postBootCommands = mkOption { type = types.lines; default = ""; };
-      tmp.useTmpfs = mkOption { type = types.bool; default = false; };
     };
     fileSystems = mkOption {
       default = { };
