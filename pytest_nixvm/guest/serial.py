@@ -26,8 +26,11 @@ from pytest_nixvm.wait import Deadline
 
 __all__ = ["Console", "Serial", "Spawn"]
 
-_QUIET = 0.25
+QUIET = 0.25
 """Seconds without output after which the last line is taken for a prompt."""
+
+NUDGE = 1.0
+"""Seconds without output after which an empty line is sent to get a prompt, before the log-in."""
 
 
 class Serial:
@@ -92,7 +95,7 @@ class Serial:
         since = self.console.mark() - len(self.console.last_line())
         named = asked = left = 0
         while True:
-            where = self._at_prompt(deadline, since, patience=10 if named else 1)
+            where = self._at_prompt(deadline, since, patience=10 if named else NUDGE)
             since = self.console.mark()
             if where == "refused" and named:
                 raise self._refused(user, password)
@@ -155,7 +158,7 @@ class Serial:
                 if PASSWORD.search(line):
                     return "password"
                 prompt = PROMPT.search(line) or (line.strip() and line == asked)
-                if prompt and not self.console.wait_beyond(mark, _QUIET):
+                if prompt and not self.console.wait_beyond(mark, QUIET):
                     return "shell"
             if not self.console.wait_beyond(mark, deadline.remaining(patience)):
                 patience = min(patience * 2, 10)

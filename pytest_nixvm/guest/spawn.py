@@ -75,7 +75,7 @@ class Spawn(_Base):
 
     def sendline(self, s: str | bytes = "") -> int:
         """Type `s` and press Return."""
-        return self.send(s) + self.send("\r")
+        return self.send(s + (b"\r" if isinstance(s, bytes) else "\r"))  # type: ignore[operator]
 
     def write(self, s: str | bytes) -> None:
         """Type `s`."""

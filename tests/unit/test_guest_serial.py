@@ -52,6 +52,13 @@ while True:
 PS1 = r"\n\[\033[1;31m\][\[\e]0;\u@\h: \w\a\]\u@\h:\w]\\$\[\033[0m\] "  # NixOS's
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These shells answer at once; a guest under TCG takes its time."""
+    monkeypatch.setattr("pytest_nixvm.guest.serial.QUIET", 0.1)
+    monkeypatch.setattr("pytest_nixvm.guest.serial.NUDGE", 0.3)
+
+
 @pytest.fixture(scope="module")
 def io() -> Iterator[IoThread]:
     with io_thread() as io:
