@@ -70,6 +70,9 @@ class Run:
         def before() -> None:
             with capture.global_and_fixture_disabled():
                 reporter.ensure_newline()
+                writer = self.config.get_terminal_writer()
+                if writer.chars_on_current_line:  # the dots of -q
+                    writer.line()
                 reporter.flush()
 
         from pytest_nixvm.report.progress import TerminalProgress
@@ -95,7 +98,10 @@ class Run:
         """End every VM."""
         if "fleet" in self.__dict__:
             if not self.booted:
-                self.booted = [_told(machine) for machine in self.fleet.started]
+                seen: set[str] = set()
+                for machine in self.fleet.started:
+                    self.booted.append(_told(machine, first=machine.name not in seen))
+                    seen.add(machine.name)
             self.fleet.close()
         if "progress" in self.__dict__:
             self.progress.close()
@@ -313,12 +319,12 @@ def scope(item: pytest.Item, request: MachineRequest) -> str:
     return module_of(item) if request.isolation == "module" else "session"
 
 
-def _told(machine: Machine) -> dict[str, Any]:
+def _told(machine: Machine, *, first: bool) -> dict[str, Any]:
     return {
         "name": machine.name,
         "accelerator": machine.spec.accelerator.name,
-        "evaluated": machine.build.evaluated,
-        "built": machine.build.built,
+        "evaluated": machine.build.evaluated if first else 0.0,
+        "built": machine.build.built if first else 0.0,
         "boots": [boot.seconds for boot in machine.boots],
         "failed_units": [unit for boot in machine.boots[-1:] for unit in boot.failed_units],
         "overrides": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -234,6 +235,18 @@ def test_no_nix(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "nix" in project.mistake()
+
+
+def test_no_qemu(project, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for program in ("nix", "nix-store", "git", "sh"):
+        if found := shutil.which(program):
+            (programs / program).symlink_to(found)
+    monkeypatch.setenv("PATH", str(programs))
+    message = project.mistake("-k", "any")
+    assert "qemu-system-x86_64 is not on PATH" in message
+    assert "Install QEMU" in message
 
 
 def test_an_unwritable_cache(project):

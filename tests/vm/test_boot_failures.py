@@ -28,6 +28,14 @@ def test_emergency_mode(fleet_of):
     assert caught.value.stage == "systemd (stage 2)"
 
 
+def test_a_missing_root(fleet_of):
+    with pytest.raises(BootError, match="the initrd could not go on") as caught:
+        fleet_of("broken").start("rootless")
+
+    assert caught.value.stage == "initrd (stage 1)"
+    assert "/dev/disk/by-label/lost" in caught.value.console_tail
+
+
 def test_a_unit_that_never_ends_starting(fleet_of):
     with pytest.raises(BootError, match=r"(?s)not ready after 30 s.*endless.service") as caught:
         fleet_of("broken", boot_timeout="30").start("hangs")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 
 from pytest_nixvm.errors import MachineGoneError
@@ -33,7 +38,7 @@ def test_shutdown_then_start(vm):
     assert vm.succeed("cat /var/kept-too") == "kept\n"
 
 
-def test_a_crash_is_noticed_by_what_is_under_way(vm):
+def test_a_crash(vm):
     vm.crash()
 
     assert not vm.is_up
@@ -41,6 +46,13 @@ def test_a_crash_is_noticed_by_what_is_under_way(vm):
         vm.succeed("true")
 
 
-def test_the_next_test_gets_a_machine_that_runs(vm):
-    assert vm.is_up
+def test_the_next_test_gets_a_machine_that_runs_and_qemu_s_end_ends_what_is_under_way(vm):
     assert vm.succeed("echo alive") == "alive\n"
+    threading.Timer(1, os.kill, (vm.qmp.pid, signal.SIGKILL)).start()
+    began = time.monotonic()
+
+    with pytest.raises(MachineGoneError, match="SIGKILL"):
+        vm.run("sleep 600")
+
+    assert time.monotonic() - began < 30
+    assert not vm.is_up

@@ -39,6 +39,8 @@
           serviceConfig.Type = "oneshot";
           script = "exit 1";
         };
+        # A root file system that is nowhere: the initrd gives up.
+        rootless.virtualisation.vmVariant.virtualisation.rootDevice = "/dev/disk/by-label/lost";
         # A unit that never ends starting.
         hangs.systemd.services.endless = {
           wantedBy = [ "multi-user.target" ];

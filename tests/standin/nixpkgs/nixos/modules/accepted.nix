@@ -31,7 +31,7 @@ in {
     i18n = { supportedLocales = strings; extraLocaleSettings = free; };
     location = free;
     nix = { enable = on; settings = free; gc = free; optimise = free; package = package; registry = free; nixPath = strings; channel.enable = on; extraOptions = mkOption { type = types.lines; default = ""; }; };
-    programs = lib.genAttrs [ "direnv" "fish" "git" "gnupg" "htop" "less" "mtr" "nano" "neovim" "ssh" "tmux" "vim" "zsh" "command-not-found" "nix-ld" ]
+    programs = lib.genAttrs [ "direnv" "fish" "gnupg" "less" "mtr" "neovim" "ssh" "command-not-found" "nix-ld" ]
       (_: mkOption { type = types.submodule { freeformType = types.attrsOf types.anything; options.enable = off; }; default = { }; });
     security = { polkit.enable = off; rtkit.enable = off; apparmor.enable = off; pki = free; acme = free; wrappers = free; };
     services = lib.genAttrs [ "automatic-timezoned" "avahi" "chrony" "fail2ban" "fstrim" "fwupd" "logind" "logrotate" "nscd" "openntpd" "resolved" "smartd" "spice-vdagentd"

@@ -2,7 +2,7 @@
 # In: etc. Processes are dear here: few, and one for all.
 old=
 [ ! -L /etc/static ] || old=$(readlink /etc/static)
-cp -a --no-preserve=ownership --remove-destination "$etc/links/." "$etc/static" /etc/
+cp -dR --no-preserve=mode --remove-destination "$etc/links/." "$etc/static" /etc/
 if [ -n "$old" ] && [ "$old" != "$etc/etc" ]; then # what the configuration before had, and this one has not
   find /etc -lname '/etc/static/*' | while read -r link; do [ -e "$link" ] || rm -f "$link"; done
 fi

@@ -16,6 +16,8 @@ let
       group = mkOption { type = types.str; default = "+${toString config.gid}"; };
     };
   };
+  # Of these, `enable` installs the package and the rest is accepted.
+  programs = [ "git" "htop" "nano" "tmux" "vim" "zsh" ];
   enabled = lib.filter (f: f.enable) (lib.attrValues cfg.etc);
   variables = lib.mapAttrs (_: v: if lib.isList v then lib.concatMapStringsSep ":" toString v else toString v)
     (lib.filterAttrs (_: v: v != null) (cfg.sessionVariables // cfg.variables));
@@ -37,16 +39,21 @@ in {
       shells = mkOption { type = types.listOf (types.either types.shellPackage types.path); default = [ ]; };
       enableAllTerminfo = mkOption { type = types.bool; default = false; };
     };
-    programs.bash.enable = mkOption { type = types.bool; default = true; };
-    programs.bash.interactiveShellInit = mkOption { type = types.lines; default = ""; };
-    programs.bash.shellAliases = mkOption { type = types.attrsOf (types.nullOr types.str); default = { }; };
+    programs = lib.genAttrs programs (_: mkOption {
+      type = types.submodule { freeformType = types.attrsOf types.anything; options.enable = mkOption { type = types.bool; default = false; }; };
+      default = { };
+    }) // {
+      bash.enable = mkOption { type = types.bool; default = true; };
+      bash.interactiveShellInit = mkOption { type = types.lines; default = ""; };
+      bash.shellAliases = mkOption { type = types.attrsOf (types.nullOr types.str); default = { }; };
+    };
   };
 
   config = {
     environment.systemPackages = with pkgs; [
       bashInteractive bzip2 coreutils cpio curl dbus diffutils e2fsprogs file findutils gawk glibc gnugrep gnused gnutar gzip hostname
       iproute2 iputils kmod less mount ncurses netcat nixos-version openssh procps psmisc shadow systemd util-linux which xz zstd
-    ] ++ cfg.defaultPackages;
+    ] ++ cfg.defaultPackages ++ map (n: pkgs.${n}) (lib.filter (n: config.programs.${n}.enable) programs);
     environment.variables = { EDITOR = lib.mkDefault "nano"; PAGER = lib.mkDefault "less -R"; };
 
     environment.etc = {
@@ -78,7 +85,7 @@ in {
         fi
       '';
       "bash.bashrc".text = ". /etc/bashrc\n"; # what Debian's bash reads, also for commands over SSH
-      "zshenv" = lib.mkIf (pkgs ? zsh) { text = ". /etc/set-environment\n"; };
+      zshenv.text = ". /etc/set-environment\nzsh-newuser-install() { :; }\n";
       shells.text = "/run/current-system/sw/bin/bash\n/run/current-system/sw/bin/sh\n/run/current-system/sw/bin/zsh\n/bin/sh\n/bin/bash\n"
         + lib.concatMapStrings (s: "${if lib.isDerivation s then "/run/current-system/sw${s.shellPath}" else s}\n") cfg.shells;
     };

@@ -6,7 +6,7 @@ let
   agetty = "/sbin/agetty ${lib.escapeShellArgs cfg.getty.extraArgs}${lib.optionalString (cfg.getty.autologinUser != null) " --autologin ${cfg.getty.autologinUser}"}";
   # pam_env gives PATH to every kind of log-in, as in NixOS. No pam_systemd: a user manager for each takes a second here.
   pam = name: lib.concatLines (
-    lib.optional (lib.elem name [ "su" "runuser" "passwd" "chpasswd" "useradd" "usermod" ]) "auth sufficient pam_rootok.so" ++ [
+    lib.optional (lib.elem name [ "su" "su-l" "runuser" "runuser-l" "passwd" "chpasswd" "useradd" "usermod" ]) "auth sufficient pam_rootok.so" ++ [
       "auth sufficient pam_unix.so nullok"
       "auth required pam_deny.so"
       "account required pam_unix.so"
@@ -56,7 +56,7 @@ in {
       };
       environment.etc."acpi/PWRF/00000080" = { mode = "0755"; text = "#!/bin/sh\nexec /usr/bin/systemctl poweroff\n"; };
       environment.etc.issue.text = "\n${cfg.getty.greetingLine}\n${cfg.getty.helpLine}\n\n";
-      security.pam.names = [ "login" "su" "passwd" "chpasswd" "other" "runuser" "systemd-user" "sudo" "useradd" "usermod" ];
+      security.pam.names = [ "login" "su" "su-l" "passwd" "chpasswd" "other" "runuser" "runuser-l" "systemd-user" "sudo" "useradd" "usermod" ];
     }
     (mkIf config.security.sudo.enable {
       environment.systemPackages = [ pkgs.sudo ];

@@ -67,7 +67,7 @@ in {
 
     systemd.services.sshd-keygen = {
       description = "SSH Host Keys Generation";
-      unitConfig.ConditionPathExists = map (k: "|!${k.path}") cfg.hostKeys;
+      unitConfig.ConditionFileNotEmpty = map (k: "|!${k.path}") cfg.hostKeys;
       serviceConfig.Type = "oneshot";
       script = lib.concatMapStrings (k: ''
         if ! [ -s "${k.path}" ]; then /usr/bin/ssh-keygen -q -t "${k.type}" ${lib.optionalString (k ? bits) "-b ${toString k.bits}"} -f "${k.path}" -N ""; fi

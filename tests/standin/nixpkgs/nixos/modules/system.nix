@@ -132,7 +132,7 @@ in {
         lib.optionalString (v != null) "${k}=${if v == true then "1" else if v == false then "0" else toString v}\n") config.boot.kernel.sysctl); };
       "modules-load.d/nixos.conf" = lib.mkIf (config.boot.kernelModules != [ ]) { text = lib.concatLines config.boot.kernelModules; };
     };
-    system.activationScripts.etc.text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n";
+    system.activationScripts.etc = { deps = [ "users" ]; text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n"; };
     system.activationScripts.specialfs.text = "";
     system.activationScripts.groups = { deps = [ "users" ]; text = ""; };
 

@@ -93,7 +93,6 @@ in {
     }) (lib.filter (u: u.packages != [ ]) users));
     system.build.accounts = accounts;
     system.activationScripts.users = {
-      deps = [ "etc" ];
       text = ''
         accounts=${accounts} mutable=${lib.optionalString cfg.mutableUsers "1"}
         source ${./activate-users.sh}
@@ -101,6 +100,10 @@ in {
     };
 
     assertions = lib.concatMap (u: [
+      {
+        assertion = u.shell == "/run/current-system/sw/bin/zsh" -> config.programs.zsh.enable || u.ignoreShellProgramCheck;
+        message = "users.users.${u.name}.shell is set to zsh, but\nprograms.zsh.enable is not true. This will cause the zsh\nshell to lack the basic nix directories in its PATH and might make\nlogging in as ${u.name} impossible. You can fix it with:\nprograms.zsh.enable = true;";
+      }
       {
         assertion = u.isNormalUser != u.isSystemUser;
         message = "Exactly one of users.users.${u.name}.isSystemUser and users.users.${u.name}.isNormalUser must be set.";
