@@ -89,8 +89,7 @@ in {
       # busybox's client, under the name of NixOS's: one process, and in the background once it has an address.
       serviceConfig = {
         Type = "forking";
-        PIDFile = "/run/udhcpc.pid";
-        ExecStart = "/bin/busybox udhcpc -i eth0 -b -S -T 1 -t 10 -p /run/udhcpc.pid -s ${./udhcpc.sh}";
+        ExecStart = "/bin/busybox udhcpc -i eth0 -b -S -T 1 -t 10 -s ${./udhcpc.sh}";
         Restart = "on-failure";
       };
     };
