@@ -71,7 +71,7 @@ class Run:
             with capture.global_and_fixture_disabled():
                 reporter.ensure_newline()
                 writer = self.config.get_terminal_writer()
-                if writer.chars_on_current_line:  # the dots of -q
+                if writer.width_of_current_line:  # the dots of -q
                     writer.line()
                 reporter.flush()
 
