@@ -14,7 +14,7 @@ def test_a_panic(fleet_of):
     with pytest.raises(
         BootError, match=r"(?s)the kernel panicked: VFS.*Stage reached: kernel"
     ) as caught:
-        fleet_of("broken").start("panics")
+        fleet_of("machines").start("panics")
 
     assert time.monotonic() - began < 60
     assert caught.value.stage == "kernel"
@@ -23,14 +23,14 @@ def test_a_panic(fleet_of):
 
 def test_emergency_mode(fleet_of):
     with pytest.raises(BootError, match="emergency mode") as caught:
-        fleet_of("broken").start("emergency")
+        fleet_of("machines").start("emergency")
 
     assert caught.value.stage == "systemd (stage 2)"
 
 
 def test_a_missing_root(fleet_of):
     with pytest.raises(BootError, match="the initrd could not go on") as caught:
-        fleet_of("broken").start("rootless")
+        fleet_of("machines").start("rootless")
 
     assert caught.value.stage == "initrd (stage 1)"
     assert "/dev/disk/by-label/lost" in caught.value.console_tail
@@ -38,11 +38,11 @@ def test_a_missing_root(fleet_of):
 
 def test_a_unit_that_never_ends_starting(fleet_of):
     with pytest.raises(BootError, match=r"(?s)not ready after 30 s.*endless.service") as caught:
-        fleet_of("broken", boot_timeout="30").start("hangs")
+        fleet_of("machines", boot_timeout="30").start("hangs")
 
     assert caught.value.stage == "guest agent answers"
 
 
 def test_qemu_refuses(fleet_of):
     with pytest.raises(QemuError, match="no-such-device"):
-        fleet_of("broken").start("refused")
+        fleet_of("machines").start("refused")

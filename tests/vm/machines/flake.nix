@@ -1,4 +1,4 @@
-# Machines that do not boot, each in its own way.
+# Machines that are not as one would like them, each in its own way.
 {
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
 
@@ -13,6 +13,9 @@
             {
               nixpkgs.hostPlatform = "x86_64-linux";
               networking.hostName = name;
+              services.openssh.enable = true;
+              users.users.alice.isNormalUser = true;
+              users.users.bob.isNormalUser = true;
               virtualisation.vmVariant.virtualisation = {
                 graphics = false;
                 cores = 2;
@@ -24,9 +27,22 @@
     in
     {
       nixosConfigurations = builtins.mapAttrs machine {
+        # Their sshd does not let everybody in.
+        other-port.services.openssh.ports = [ 2222 ];
+        no-root.services.openssh.settings.PermitRootLogin = "no";
+        only-bob.services.openssh.settings.AllowUsers = [ "bob" ];
+        keys-elsewhere.services.openssh.authorizedKeysFiles = nixpkgs.lib.mkForce [
+          "/etc/ssh/authorized_keys.d/%u"
+        ];
+        nobody.services.openssh.settings = {
+          PermitRootLogin = "no";
+          AllowUsers = [ "carol" ];
+        };
+
+        # They do not boot.
         # No initrd to run, and no root of its own: the kernel panics.
         panics.boot.kernelParams = [ "rdinit=/bin/false" ];
-        # A file system that is not there, needed by local-fs.target: emergency mode.
+        # What local-fs.target needs fails: emergency mode.
         emergency.systemd.services.lost-disk = {
           description = "A disk that is not there";
           unitConfig = {
