@@ -117,9 +117,9 @@ def test_what_takes_too_long_is_killed_with_its_children(
     ssh: Ssh, command: str | list[str]
 ) -> None:
     start = time.monotonic()
-    with pytest.raises(CommandTimeoutError, match=r"within 0\.5 s.*It was killed") as caught:
-        ssh.run(command, timeout=0.5)
-    assert time.monotonic() - start < 5
+    with pytest.raises(CommandTimeoutError, match=r"within 0\.8 s.*It was killed") as caught:
+        ssh.run(command, timeout=0.8)
+    assert time.monotonic() - start < 10
     assert caught.value.stdout == "begun\n"
     assert not alive("sleep 4711.1")
     assert ssh.run(["echo", "well"]).stdout == "well\n"
