@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import paramiko
 import pytest
-from _guest import Sshd, program, until
+from _guest import Sshd, program
 
 from pytest_nixvm.errors import CommandFailedError, CommandTimeoutError, SshError
 from pytest_nixvm.guest.keys import KeyPair
@@ -208,29 +209,41 @@ def test_a_port_behind_which_nobody_is(server: Sshd, monkeypatch: pytest.MonkeyP
             ssh.run("true")
 
 
-def test_sshd_killed_in_the_middle_of_a_command_then_back(tmp_path: Path) -> None:
+def test_sshd_killed_in_the_middle_of_a_command_then_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = Sshd(tmp_path)
     server.start()
+    started = tmp_path / "started"
+    arrived = threading.Event()
+    receive = paramiko.Channel.recv
+
+    def noticed(channel: paramiko.Channel, size: int) -> bytes:
+        data = receive(channel, size)
+        if data:
+            arrived.set()
+        return data
+
+    def kill() -> None:
+        arrived.wait(20)
+        server.stop()
+
+    monkeypatch.setattr(paramiko.Channel, "recv", noticed)
+    killer = threading.Thread(target=kill)
+    killer.start()
     try:
         ssh = connection(server)
-        started = tmp_path / "started"
-
-        def kill() -> None:
-            until(lambda: started.exists() and started.read_text().strip(), "the command")
-            server.stop()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
         with pytest.raises(SshError, match=r"broke during(?s:.*)stdout until then:\n *half"):
-            ssh.run(f"echo half; echo $$ >{started}; exec sleep 4711.4", timeout=30)
+            ssh.run(f"echo $$ >{started}; echo half; exec sleep 4711.4", timeout=30)
         killer.join()
-        os.kill(int(started.read_text()), 9)  # nobody else does: that is what sshd is like
         server.start()
         # The next command logs in again by itself.
         assert ssh.run(["echo", "back"]).stdout == "back\n"
         ssh.close()
     finally:
         server.stop()
+        if started.exists():
+            os.kill(int(started.read_text()), 9)  # nobody else does: that is what sshd is like
 
 
 def test_a_connection_that_died_unnoticed_is_replaced(server: Sshd) -> None:
