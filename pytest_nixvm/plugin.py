@@ -71,6 +71,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         run.close()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """List the machines before xdist starts its workers, which are told them."""
+    run = session.config.stash[RUN]
+    if run.is_controller:
+        run.for_worker()
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is tested and how the guests will run."""
     return terminal.header(config.stash[RUN])

@@ -155,6 +155,9 @@ def _end(process: subprocess.Popen[bytes], stop: signal.Signals, grace: float = 
     finally:
         # Builders have process groups of their own; what is left of them is killed one by one.
         if process.poll() is None:
+            # Stopped first, so that nothing is forked between the look and the kill.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGSTOP)
             others |= _descendants(process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -86,7 +86,7 @@ def test_a_program_that_ignores_sigterm_is_killed_with_its_children(mark: str) -
     script = f"trap '' TERM; setsid sleep {mark} & sleep {mark}; sleep {mark}"
     with pytest.raises(ProgramTimeoutError):
         process.run([SHELL, "-c", script], timeout=0.5, stop=signal.SIGTERM)
-    assert running(mark) == []
+    assert until(lambda: not running(mark)), running(mark)
 
 
 def test_a_surrounding_git_command_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:

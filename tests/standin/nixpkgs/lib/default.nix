@@ -21,7 +21,12 @@ let
     mkMerge = contents: { _type = "merge"; inherit contents; };
     mkAssert = assertion: message: content: mkIf (if assertion then true else throw "\nFailed assertion: ${message}") content;
     mkOption = o: { _type = "option"; } // o;
-    mkEnableOption = name: mkOption { type = types.bool; default = false; example = true; description = "Whether to enable ${toString name}."; };
+    mkEnableOption = name: mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = "Whether to enable ${toString name}.";
+    };
     mkPackageOption = pkgs: name: { default ? name, nullable ? false, ... }: mkOption {
       type = if nullable then types.nullOr types.package else types.package;
       default = if default == null then null else getAttrFromPath (toList default) pkgs;
@@ -51,7 +56,8 @@ let
     getAttrFromPath = path: s: attrByPath path (throw "cannot find attribute `${concatStringsSep "." path}'") s;
     setAttrByPath = path: value: if path == [ ] then value else { ${head path} = setAttrByPath (tail path) value; };
     recursiveUpdate = recursiveUpdateWith (l: r: isAttrs l && isAttrs r && !isDerivation r);
-    recursiveUpdateWith = descend: l: r: l // mapAttrs (n: v: if l ? ${n} && descend l.${n} v then recursiveUpdateWith descend l.${n} v else v) r;
+    recursiveUpdateWith = descend: l: r: l
+      // mapAttrs (n: v: if l ? ${n} && descend l.${n} v then recursiveUpdateWith descend l.${n} v else v) r;
     # Like recursiveUpdate, but an option's own value is taken whole: only the tree of options is descended.
     recursiveUpdateOptions = options: l: r: l // mapAttrs (n: v:
       if l ? ${n} && !(isOption options.${n}) then recursiveUpdateOptions options.${n} l.${n} v else v) r;
@@ -117,11 +123,13 @@ let
     upperChars = stringToCharacters "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
     toUpper = replaceStrings lowerChars upperChars;
     toLower = replaceStrings upperChars lowerChars;
-    toInt = s: let m = match "[[:space:]]*(-?0*[0-9]+)[[:space:]]*" s; n = if m == null then null else fromJSON (fixZeros (head m)); in
+    toInt = s: let m = match "[[:space:]]*(-?0*[0-9]+)[[:space:]]*" s; n = if m == null then null
+      else fromJSON (fixZeros (head m)); in
       if isInt n then n else throw "lib.toInt: could not convert ${toJSON s} to int.";
     fixZeros = s: let m = match "(-?)0*([0-9]+)" s; in concatStrings m;
     toIntBase10 = toInt;
-    fixedWidthString = width: filler: s: if stringLength s >= width then s else fixedWidthString width filler (filler + s);
+    fixedWidthString = width: filler: s: if stringLength s >= width then s
+      else fixedWidthString width filler (filler + s);
     fixedWidthNumber = width: n: fixedWidthString width "0" (toString n);
     escapeShellArg = arg: let s = toString arg; in
       if match "[[:alnum:],._+:@%/-]+" s != null then s else "'${replaceStrings [ "'" ] [ "'\\''" ] s}'";

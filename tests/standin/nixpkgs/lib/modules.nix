@@ -53,7 +53,8 @@ let
       inherit defs highestPrio;
       isDefined = defs != [ ];
       value =
-        if defs == [ ] then throw "The option `${showOption loc}' was accessed but has no value defined. Try setting the option."
+        if defs == [ ]
+          then throw "The option `${showOption loc}' was accessed but has no value defined. Try setting the option."
         else if wrong != [ ] then
           throw "A definition for option `${showOption loc}' is not of type `${type.description}'. Definition values:${showDefs wrong}"
         else type.merge loc defs;
@@ -63,8 +64,10 @@ let
   mergeDeclarations = loc: decls: foldl' (a: d:
     let
       clash = throw "The option `${showOption loc}' in `${d.file}' is already declared in `${a.file}'.";
-      type = if a.options ? type && d.options ? type then a.options.type.typeMerge d.options.type else a.options.type or null;
-    in if type == null || a.options ? default && d.options ? default || a.options ? apply && d.options ? apply then clash
+      type = if a.options ? type && d.options ? type then a.options.type.typeMerge d.options.type
+        else a.options.type or null;
+    in if type == null || a.options ? default && d.options ? default || a.options ? apply && d.options ? apply
+      then clash
     else { inherit (a) file; options = a.options // d.options // { inherit type; }; }) (head decls) (tail decls);
 
   evalOption = loc: decl: defs:
@@ -90,7 +93,10 @@ let
   # Declarations and definitions, level by level → { options, config, unmatched }.
   build = loc: decls: defs:
     let
-      declsBy = zipAttrsWith (_: vs: vs) (map (d: mapAttrs (_: options: { inherit (d) file; inherit options; }) d.options) decls);
+      declsBy = zipAttrsWith (_: vs: vs) (map (d: mapAttrs (_: options: {
+        inherit (d) file;
+        inherit options;
+      }) d.options) decls);
       pushed = concatMap (d: map (value:
         if isAttrs value then mapAttrs (_: value: { inherit (d) file; inherit value; }) value
         else throw "The option `${showOption loc}' in `${d.file}' must be an attribute set, but it is ${pretty 0 value}.") (pushDown d.value)) defs;
@@ -98,7 +104,8 @@ let
       level = mapAttrs (name: ds:
         let here = loc ++ [ name ]; n = length (filter (d: isOption d.options) ds); ours = defsBy.${name} or [ ]; in
         if n == 0 then build here ds ours
-        else if n < length ds then throw "The option `${showOption here}' is an option and a set of options at once: ${lib.concatMapStringsSep ", " (d: d.file) ds}"
+        else if n < length ds
+          then throw "The option `${showOption here}' is an option and a set of options at once: ${lib.concatMapStringsSep ", " (d: d.file) ds}"
         else let o = evalOption here (mergeDeclarations here ds) ours; in { options = o; config = o.value; unmatched = [ ]; }) declsBy;
     in {
       options = mapAttrs (_: l: l.options) level;
@@ -144,13 +151,18 @@ let
               if tag v != null then v
               else if !structured then removeAttrs v special
               else if extra == [ ] then v.config or { }
-              else throw "Module `${self.file}' has an unsupported attribute `${head extra}'. This is caused by introducing a top-level `config' or `options' attribute. Add configuration attributes immediately on the top level instead, or move all of them (namely: ${concatStringsSep " " extra}) into the explicit `config' attribute.";
+              else throw ("Module `${self.file}' has an unsupported attribute `${head extra}'. This is caused by introducing a "
+                + "top-level `config' or `options' attribute. Add configuration attributes immediately on the top level "
+                + "instead, or move all of them (namely: ${concatStringsSep " " extra}) into the explicit `config' attribute.");
           };
         in if isAttrs v then self
         else throw "Module `${file}' must be an attribute set or a function that returns one, but it is ${pretty 0 v}.";
       loadAll = parent: lib.imap1 (n: m: let self = load parent n m; in { inherit (self) key; inherit self; });
       closure = keep: genericClosure {
-        startSet = filter keep (loadAll { key = "<unknown-file>"; file = "<unknown-file>"; } ([ internal ] ++ modules));
+        startSet = filter keep (loadAll {
+          key = "<unknown-file>";
+          file = "<unknown-file>";
+        } ([ internal ] ++ modules));
         operator = m: filter keep (loadAll m.self m.self.imports);
       };
       everything = closure (_: true);
@@ -160,7 +172,10 @@ let
 
       built = build prefix loaded (map (m: { inherit (m) file; value = m.config; }) loaded);
       freeform = lib.findFirst (t: t != null) null (map (m: m.freeformType) loaded);
-      freeformDefs = map (d: { inherit (d) file; value = lib.setAttrByPath (lib.drop (length prefix) d.loc) d.value; }) built.unmatched;
+      freeformDefs = map (d: {
+        inherit (d) file;
+        value = lib.setAttrByPath (lib.drop (length prefix) d.loc) d.value;
+      }) built.unmatched;
       options = built.options;
       config =
         if freeform == null || built.unmatched == [ ] then built.config
@@ -168,7 +183,8 @@ let
       unknown = head built.unmatched;
       checked = v:
         if freeform != null || built.unmatched == [ ] || !config._module.check then v
-        else throw "The option `${showOption unknown.loc}' does not exist. Definition values:${showDefs (filter (d: d.loc == unknown.loc) built.unmatched)}";
+        else throw ("The option `${showOption unknown.loc}' does not exist. Definition values:"
+          + showDefs (filter (d: d.loc == unknown.loc) built.unmatched));
 
       extendModules = { modules ? [ ], specialArgs ? { }, prefix ? [ ] }: evalModules {
         modules = self.modules ++ modules;

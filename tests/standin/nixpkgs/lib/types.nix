@@ -5,11 +5,14 @@ let
     isList isString length mapAttrs match substring toJSON zipAttrsWith;
   inherit (lib) showOption showDefs mergeDefinitions last;
 
-  conflict = loc: defs: throw "The option `${showOption loc}' has conflicting definition values:${showDefs defs}\nUse `lib.mkForce value' or `lib.mkDefault value' to change the priority on any of these definitions.";
+  advice = "\nUse `lib.mkForce value' or `lib.mkDefault value' to change the priority on any of these definitions.";
+  conflict = loc: defs:
+    throw "The option `${showOption loc}' has conflicting definition values:${showDefs defs}${advice}";
   mergeEqual = loc: defs: if all (d: d.value == (head defs).value) defs then (head defs).value else conflict loc defs;
   mergeOne = loc: defs:
     if length defs == 1 then (head defs).value
-    else throw "The option `${showOption loc}' is defined multiple times while it's expected to be unique.\n\nDefinition values:${showDefs defs}\nUse `lib.mkForce value' or `lib.mkDefault value' to change the priority on any of these definitions.";
+    else throw ("The option `${showOption loc}' is defined multiple times while it's expected to be unique.\n\n"
+      + "Definition values:${showDefs defs}${advice}");
   values = map (d: d.value);
 
   mk = { name, description ? name, check ? (_: true), merge ? mergeEqual, ... }@t: t // {
@@ -27,14 +30,21 @@ let
     else if all (d: isList d.value) defs then concatLists (values defs)
     else if all (d: isAttrs d.value && !lib.isDerivation d.value) defs then
       mapAttrs (n: ds: (mergeDefinitions (loc ++ [ n ]) types.anything ds).value)
-        (zipAttrsWith (_: ds: ds) (concatMap (d: map (mapAttrs (_: value: { inherit (d) file; inherit value; })) (lib.pushDown d.value)) defs))
-    else if all (d: isFunction d.value) defs then x: mergeAny (loc ++ [ "<function body>" ]) (map (d: d // { value = d.value x; }) defs)
+        (zipAttrsWith (_: ds: ds) (concatMap (d: map (mapAttrs (_: value: {
+          inherit (d) file;
+          inherit value;
+        })) (lib.pushDown d.value)) defs))
+    else if all (d: isFunction d.value) defs
+      then x: mergeAny (loc ++ [ "<function body>" ]) (map (d: d // { value = d.value x; }) defs)
     else mergeEqual loc defs;
 
   intWhere = name: description: test: mk { inherit name description; check = v: isInt v && test v; };
   between = low: high: intWhere "intBetween" "integer between ${toString low} and ${toString high} (both inclusive)" (v: v >= low && v <= high);
   sized = bits: signed:
-    let range = if signed then { low = -(lib.pow 2 (bits - 1)); high = lib.pow 2 (bits - 1) - 1; } else { low = 0; high = lib.pow 2 bits - 1; };
+    let range = if signed then {
+      low = -(lib.pow 2 (bits - 1));
+      high = lib.pow 2 (bits - 1) - 1;
+    } else { low = 0; high = lib.pow 2 bits - 1; };
     in intWhere "${if signed then "s" else "u"}int${toString bits}"
       "${toString bits} bit ${if signed then "" else "un"}signed integer; between ${toString range.low} and ${toString range.high} (both inclusive)"
       (v: v >= range.low && v <= range.high);
@@ -52,7 +62,10 @@ let
       check = v: isAttrs v && !(lib.isDerivation v);
       merge = loc: defs:
         let merged = mapAttrs (n: mergeDefinitions (loc ++ [ n ]) elem)
-          (zipAttrsWith (_: ds: ds) (concatMap (d: map (mapAttrs (_: value: { inherit (d) file; inherit value; })) (lib.pushDown d.value)) defs));
+          (zipAttrsWith (_: ds: ds) (concatMap (d: map (mapAttrs (_: value: {
+            inherit (d) file;
+            inherit value;
+          })) (lib.pushDown d.value)) defs));
         in mapAttrs (_: m: m.value) (if lazy then merged else lib.filterAttrs (_: m: m.isDefined) merged);
       typeMerge = around (attrs lazy) name elem;
     };
@@ -65,7 +78,11 @@ let
     bool = mk { name = "bool"; description = "boolean"; check = isBool; };
     int = mk { name = "int"; description = "signed integer"; check = isInt; };
     float = mk { name = "float"; description = "floating point number"; check = isFloat; };
-    number = mk { name = "number"; description = "signed integer or floating point number"; check = v: isInt v || isFloat v; };
+    number = mk {
+      name = "number";
+      description = "signed integer or floating point number";
+      check = v: isInt v || isFloat v;
+    };
     ints = {
       inherit between;
       positive = intWhere "positiveInt" "positive integer, meaning >0" (v: v > 0);
@@ -78,16 +95,32 @@ let
     singleLineStr = text "singleLineStr" "(optionally newline-terminated) single-line string" (v: match "[^\n\r]*\n?" v != null);
     nonEmptyStr = text "nonEmptyStr" "non-empty string" (v: match "[[:space:]]*" v == null);
     strMatching = pattern: text "strMatching ${toJSON pattern}" "string matching the pattern ${pattern}" (v: match pattern v != null);
-    passwdEntry = entry: entry // { description = "${entry.description}, not containing newlines or colons"; check = v: entry.check v && match ".*[\n:].*" v == null; };
+    passwdEntry = entry: entry // {
+      description = "${entry.description}, not containing newlines or colons";
+      check = v: entry.check v && match ".*[\n:].*" v == null;
+    };
     lines = separated "\n" "lines" "strings concatenated with \"\\n\"";
     commas = separated "," "commas" "strings concatenated with \",\"";
     envVar = separated ":" "envVar" "strings concatenated with \":\"";
     separatedString = sep: separated sep "separatedString" "strings concatenated with ${toJSON sep}";
-    path = mk { name = "path"; description = "absolute path"; check = v: lib.isStringLike v && substring 0 1 (toString v) == "/"; };
-    pathInStore = mk { name = "pathInStore"; description = "path in the Nix store"; check = v: lib.isStringLike v && lib.hasPrefix builtins.storeDir (toString v); };
+    path = mk {
+      name = "path";
+      description = "absolute path";
+      check = v: lib.isStringLike v && substring 0 1 (toString v) == "/";
+    };
+    pathInStore = mk {
+      name = "pathInStore";
+      description = "path in the Nix store";
+      check = v: lib.isStringLike v && lib.hasPrefix builtins.storeDir (toString v);
+    };
     package = mk { name = "package"; check = v: lib.isDerivation v || lib.isStorePath v; merge = mergeOne; };
     shellPackage = types.package // { description = "package for a shell"; };
-    attrs = mk { name = "attrs"; description = "attribute set"; check = isAttrs; merge = loc: defs: builtins.foldl' (a: d: a // d.value) { } defs; };
+    attrs = mk {
+      name = "attrs";
+      description = "attribute set";
+      check = isAttrs;
+      merge = loc: defs: builtins.foldl' (a: d: a // d.value) { } defs;
+    };
     enum = choices: mk {
       name = "enum";
       description = "one of ${lib.concatMapStringsSep ", " toJSON choices}";
@@ -115,7 +148,10 @@ let
         mergeDefinitions (loc ++ [ "[definition ${toString n}-entry ${toString m}]" ]) elem [ { inherit (d) file; inherit value; } ]) d.value) defs)));
       typeMerge = around types.listOf "listOf" elem;
     };
-    nonEmptyListOf = elem: types.listOf elem // { description = "non-empty list of ${elem.description}"; check = v: isList v && v != [ ]; };
+    nonEmptyListOf = elem: types.listOf elem // {
+      description = "non-empty list of ${elem.description}";
+      check = v: isList v && v != [ ];
+    };
     attrsOf = attrs false;
     lazyAttrsOf = attrs true;
     uniq = elem: elem // { merge = mergeOne; };
@@ -161,13 +197,18 @@ let
           else { _file = d.file; imports = [ d.value ]; }) defs;
       }).config;
       typeMerge = other:
-        if other.name == "submodule" then types.submoduleWith (given // { modules = modules ++ other.given.modules; }) else null;
+        if other.name == "submodule" then types.submoduleWith (given // {
+          modules = modules ++ other.given.modules;
+        }) else null;
     };
     # The type of an evaluated configuration: definitions are more modules for it (virtualisation.vmVariant).
     configuration = { extendModules }: mk {
       name = "configuration"; description = "submodule";
       check = v: isAttrs v || isFunction v || types.path.check v;
-      merge = loc: defs: (extendModules { prefix = loc; modules = map (d: { _file = d.file; imports = [ d.value ]; }) defs; }).config;
+      merge = loc: defs: (extendModules {
+        prefix = loc;
+        modules = map (d: { _file = d.file; imports = [ d.value ]; }) defs;
+      }).config;
     };
   };
 in types

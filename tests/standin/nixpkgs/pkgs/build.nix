@@ -1,16 +1,22 @@
 # How things are built: with the host's programs, outside of any sandbox. Debian packages come from `prepare`'s lock.
 { lib, system, lock }:
 rec {
+  # The last command is the shell's own. Else the shell becomes its last program, which may close its output some time
+  # before it ends (all of coreutils do), and nix kills a builder whose output is closed.
+  ended = script: "${script}\nexit 0\n";
   run = name: env: script: derivation ({
     inherit name system;
-    builder = "/bin/sh";
-    args = [ "-euc" script ];
+    builder = "/bin/bash";
+    args = [ "-euc" (ended script) ];
     PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     preferLocalBuild = true;
     allowSubstitutes = false;
   } // env);
   # The same as somebody who may chown: for images.
-  runAsRoot = name: env: script: run name ({ builder = "/usr/bin/fakeroot"; args = [ "/bin/bash" "-euc" script ]; } // env) script;
+  runAsRoot = name: env: script: run name ({
+    builder = "/usr/bin/fakeroot";
+    args = [ "/bin/bash" "-euc" (ended script) ];
+  } // env) script;
 
   # A downloaded package. `prepare` has put it into the store already; nix fetches it again after a garbage collection.
   deb = name: derivation {
@@ -36,7 +42,12 @@ rec {
   writeText = name: text: writeTextFile { inherit name text; };
   writeTextDir = path: text: writeTextFile { name = baseNameOf path; destination = "/${path}"; inherit text; };
   writeScript = name: text: writeTextFile { inherit name text; executable = true; };
-  writeScriptBin = name: text: writeTextFile { inherit name text; executable = true; destination = "/bin/${name}"; meta.mainProgram = name; };
+  writeScriptBin = name: text: writeTextFile {
+    inherit name text;
+    executable = true;
+    destination = "/bin/${name}";
+    meta.mainProgram = name;
+  };
   runCommand = name: env: script: run name env ''export out; ${script}'';
   runCommandLocal = runCommand;
   symlinkJoin = { name, paths, postBuild ? "", ... }: run name { paths = map toString paths; } ''

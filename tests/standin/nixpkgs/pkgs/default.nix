@@ -14,7 +14,10 @@ let
     names = import ./modules.nix ++ stage1Modules;
     vmlinux = ./vmlinux.py;
   } (builtins.readFile ./kernel.sh);
-  stage1Modules = [ "virtio_pci" "virtio_blk" "ext4" "erofs" "overlay" "9p" "9pnet_virtio" "virtio_console" "virtio_net" "virtio-rng" "autofs4" "nf_tables" "nft_ct" "button" "evdev" ];
+  stage1Modules = [
+    "virtio_pci" "virtio_blk" "ext4" "erofs" "overlay" "9p" "9pnet_virtio" "virtio_console" "virtio_net"
+    "virtio-rng" "autofs4" "nf_tables" "nft_ct" "button" "evdev"
+  ];
   base = runAsRoot "standin-base.erofs" {
     outputs = [ "out" "info" ];
     debs = map (p: "${p}=${deb p}") lock.base;
@@ -56,7 +59,8 @@ let
   } (builtins.readFile ./package.sh))) lock.packages;
 
   # Well-known names that are not here: an undefined variable would not say why.
-  lacking = lib.genAttrs names.lacking (name: throw "the stand-in for nixpkgs has no package `${name}'; it can be added to tests/standin/nixpkgs/pkgs/debian.json if Debian has it");
+  lacking = lib.genAttrs names.lacking (name: throw ("the stand-in for nixpkgs has no package `${name}'; "
+    + "it can be added to tests/standin/nixpkgs/pkgs/debian.json if Debian has it"));
 
   self = lacking // {
     inherit lib system;
@@ -72,7 +76,10 @@ let
     stdenv = { hostPlatform = import ../lib/platform.nix system; isLinux = true; inherit system; };
     hostPlatform = self.stdenv.hostPlatform;
     config = { };
-    formats = lib.genAttrs [ "json" "yaml" ] (_: _: { type = lib.types.anything; generate = name: value: self.writeText name (builtins.toJSON value); });
+    formats = lib.genAttrs [ "json" "yaml" ] (_: _: {
+      type = lib.types.anything;
+      generate = name: value: self.writeText name (builtins.toJSON value);
+    });
     linux = kernel;
     linuxPackages = { kernel = kernel; };
     linuxPackages_latest = self.linuxPackages;
@@ -81,7 +88,8 @@ let
     # For the modules in nixos/, not for configurations.
     standin = { inherit kernel base initrd run; };
     extend = overlay: compose (overlays ++ [ overlay ]);
-  } // fromBase // { bash = fromBase.bash // { shellPath = "/bin/bash"; }; bashInteractive = fromBase.bashInteractive // { shellPath = "/bin/bash"; }; }
+  } // fromBase
+    // lib.genAttrs [ "bash" "bashInteractive" ] (name: fromBase.${name} // { shellPath = "/bin/bash"; })
     // fromDebian // { zsh = fromDebian.zsh // { shellPath = "/bin/zsh"; }; };
   compose = lib.foldl' (pkgs: overlay: let next = pkgs // overlay next pkgs; in next) self;
 in compose overlays

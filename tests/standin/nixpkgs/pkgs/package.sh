@@ -2,8 +2,8 @@
 umask 022
 mkdir -p $out/usr/bin $out/bin
 for deb in $debs; do
-  dpkg-deb --fsys-tarfile "$deb" | tar -x --no-same-owner --no-same-permissions -C $out --exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' \
-    --exclude='./usr/share/locale/*' --exclude='./usr/share/info/*' --exclude='./usr/share/lintian/*' --exclude='./usr/share/bug/*' --exclude='./var/*'
+  dpkg-deb --fsys-tarfile "$deb" | tar -x --no-same-owner --no-same-permissions -C $out --exclude='./var/*' \
+    --exclude='./usr/share/'{doc,man,locale,info,lintian,bug}'/*'
 done
 cd $out
 chmod -R u+w .

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# Stage 1, as in NixOS: mount what the configuration needs for boot, then hand over to stage 2 (init= on the command line).
+# Stage 1, as in NixOS: mount what the configuration needs for boot, then start stage 2 (init= on the command line).
 # The mounts are lines of /mounts: device, target, type, options. The base image is mounted besides: it becomes /usr.
 fail() {
   cat <<MESSAGE
@@ -60,7 +60,8 @@ while read -r module; do insmod /modules/$module; done < /modules/list
 while read -r dev target type options <&3; do
   case $type in
     overlay) mkdir -p $root/nix/.rw-store/upper $root/nix/.rw-store/work $root$target
-      mount -t overlay -o "lowerdir=$root/nix/.ro-store,upperdir=$root/nix/.rw-store/upper,workdir=$root/nix/.rw-store/work" overlay $root$target \
+      rw=$root/nix/.rw-store
+      mount -t overlay -o "lowerdir=$root/nix/.ro-store,upperdir=$rw/upper,workdir=$rw/work" overlay $root$target \
         || fail "mounting the overlay on $target failed" ;;
     bind) mkdir -p $root$target; mount -o bind $root$dev $root$target || fail "mounting $dev on $target failed" ;;
     *) put "$dev" "$target" "$type" "$options" ;;
@@ -76,7 +77,8 @@ if [ -s "$root${init%/*}/usr-layers" ]; then
   while read -r path; do layers=$layers:${path##*/}/usr; done < "$root${init%/*}/usr-layers"
 fi
 if [ -n "$layers" ]; then # relative names: the kernel takes a page of options
-  cd $root/nix/.ro-store && mount -t overlay -o "ro,lowerdir=../.standin-base/usr$layers" overlay $root/usr || fail "mounting /usr failed"
+  cd $root/nix/.ro-store
+  mount -t overlay -o "ro,lowerdir=../.standin-base/usr$layers" overlay $root/usr || fail "mounting /usr failed"
   cd /
 else
   mount -o bind $base/usr $root/usr

@@ -1,4 +1,4 @@
-# Part of activation: /etc/static is the configuration's tree; every name in it is a link, except for those listed as copies.
+# Part of activation: /etc/static is the configuration's tree, /etc links into it, except for what is listed as a copy.
 # In: etc. Processes are dear here: few, and one for all.
 old=
 [ ! -L /etc/static ] || old=$(readlink /etc/static)

@@ -1,4 +1,5 @@
-# Part of activation: bring /etc/passwd, group and shadow in line with the configuration. In: accounts; mutable (1 or empty).
+# Part of activation: bring /etc/passwd, group and shadow in line with the configuration.
+# In: accounts; mutable (1 or empty).
 if [ ! /var/lib/nixos/accounts -ef "$accounts" ] || [ -z "$mutable" ]; then
   if [ ! -e /etc/passwd ] || [ -z "$mutable" ]; then
     install -m 644 "$accounts/passwd" "$accounts/group" /etc/

@@ -21,8 +21,11 @@ let
   enabled = lib.filter (f: f.enable) (lib.attrValues cfg.etc);
   variables = lib.mapAttrs (_: v: if lib.isList v then lib.concatMapStringsSep ":" toString v else toString v)
     (lib.filterAttrs (_: v: v != null) (cfg.sessionVariables // cfg.variables));
-  path = "/run/wrappers/bin:/root/.nix-profile/bin:/nix/profile/bin:/etc/profiles/per-user/$USER/bin:/nix/var/nix/profiles/default/bin:/run/current-system/sw/bin";
-  value = types.nullOr (types.oneOf [ (types.listOf (types.oneOf [ types.int types.str types.path ])) types.int types.str types.path ]);
+  # NixOS's, without the places that only a nix in the guest would fill.
+  path = "/run/wrappers/bin:/etc/profiles/per-user/$USER/bin:/run/current-system/sw/bin";
+  value = types.nullOr (types.oneOf [
+    (types.listOf (types.oneOf [ types.int types.str types.path ])) types.int types.str types.path
+  ]);
 in {
   options = {
     environment = {
@@ -40,7 +43,10 @@ in {
       enableAllTerminfo = mkOption { type = types.bool; default = false; };
     };
     programs = lib.genAttrs programs (_: mkOption {
-      type = types.submodule { freeformType = types.attrsOf types.anything; options.enable = mkOption { type = types.bool; default = false; }; };
+      type = types.submodule {
+        freeformType = types.attrsOf types.anything;
+        options.enable = mkOption { type = types.bool; default = false; };
+      };
       default = { };
     }) // {
       bash.enable = mkOption { type = types.bool; default = true; };
@@ -86,8 +92,8 @@ in {
       '';
       "bash.bashrc".text = ". /etc/bashrc\n"; # what Debian's bash reads, also for commands over SSH
       zshenv.text = ". /etc/set-environment\nzsh-newuser-install() { :; }\n";
-      shells.text = "/run/current-system/sw/bin/bash\n/run/current-system/sw/bin/sh\n/run/current-system/sw/bin/zsh\n/bin/sh\n/bin/bash\n"
-        + lib.concatMapStrings (s: "${if lib.isDerivation s then "/run/current-system/sw${s.shellPath}" else s}\n") cfg.shells;
+      shells.text = lib.concatLines ([ "/bin/sh" "/bin/bash" ] ++ map (n: "/run/current-system/sw/bin/${n}") [ "bash" "sh" "zsh" ]
+        ++ map (s: if lib.isDerivation s then "/run/current-system/sw${s.shellPath}" else toString s) cfg.shells);
     };
 
     system.path = pkgs.standin.run "system-path" { packages = lib.unique (map toString cfg.systemPackages); } ''
@@ -100,11 +106,14 @@ in {
     # Files and units are written by one derivation: each one costs a process and a scan.
     system.build.etc = pkgs.standin.run "etc" {
       spec = builtins.toJSON {
-        files = map (f: { inherit (f) target text mode user group; source = if f.source == null then null else "${f.source}"; }) enabled;
+        files = map (f: {
+          inherit (f) target text mode user group;
+          source = if f.source == null then null else "${f.source}";
+        }) enabled;
         units = config.systemd.built;
         info = "${pkgs.standin.base.info}";
       };
       passAsFile = [ "spec" ];
-    } "exec python3 ${./build-etc.py} $specPath $out";
+    } "python3 ${./build-etc.py} $specPath $out";
   };
 }

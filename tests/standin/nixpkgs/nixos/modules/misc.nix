@@ -13,21 +13,31 @@ in {
         apply = lib.systems.elaborate;
         description = "The platform the machine runs on.";
       };
-      buildPlatform = mkOption { type = types.either types.str types.attrs; default = cfg.hostPlatform; apply = lib.systems.elaborate; };
+      buildPlatform = mkOption {
+        type = types.either types.str types.attrs;
+        default = cfg.hostPlatform;
+        apply = lib.systems.elaborate;
+      };
       system = mkOption { type = types.nullOr types.str; default = null; };
       config = mkOption { type = types.attrsOf types.anything; default = { }; };
       overlays = mkOption { type = types.listOf types.raw; default = [ ]; };
-      pkgs = mkOption { type = types.raw; default = import ../../pkgs { inherit lib; inherit (cfg) overlays; inherit (cfg.hostPlatform) system; }; };
+      pkgs = mkOption {
+        type = types.raw;
+        default = import ../../pkgs { inherit lib; inherit (cfg) overlays; inherit (cfg.hostPlatform) system; };
+      };
     };
     time.timeZone = mkOption { type = types.nullOr types.str; default = null; };
     i18n.defaultLocale = mkOption { type = types.str; default = "en_US.UTF-8"; };
   };
   config = {
     nixpkgs.hostPlatform = lib.mkOptionDefault (if cfg.system != null then cfg.system
-      else throw "Neither nixpkgs.hostPlatform nor the legacy option nixpkgs.system has been set.\nYou can set nixpkgs.hostPlatform in hardware-configuration.nix by re-running\na recent version of nixos-generate-config.");
+      else throw "Neither nixpkgs.hostPlatform nor the legacy option nixpkgs.system has been set.");
     _module.args.pkgs = lib.mkOptionDefault (cfg.pkgs // { inherit (cfg) config; });
     environment.etc = {
-      localtime = lib.mkIf (config.time.timeZone != null) { source = "/usr/share/zoneinfo/${config.time.timeZone}"; mode = "direct-symlink"; };
+      localtime = lib.mkIf (config.time.timeZone != null) {
+        source = "/usr/share/zoneinfo/${config.time.timeZone}";
+        mode = "direct-symlink";
+      };
       "locale.conf".text = "LANG=${config.i18n.defaultLocale}\n";
     };
   };

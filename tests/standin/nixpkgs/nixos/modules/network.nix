@@ -6,7 +6,13 @@ let
   fw = cfg.firewall;
   ports = mkOption { type = types.listOf types.port; default = [ ]; };
   ranges = mkOption { type = types.listOf (types.attrsOf types.port); default = [ ]; };
-  interface.options = { allowedTCPPorts = ports; allowedUDPPorts = ports; allowedTCPPortRanges = ranges; allowedUDPPortRanges = ranges; };
+  interface.options = {
+    allowedTCPPorts = ports;
+    allowedUDPPorts = ports;
+    allowedTCPPortRanges = ranges;
+    allowedUDPPortRanges = ranges;
+  };
+  address = { address = mkOption { type = types.str; }; prefixLength = mkOption { type = types.ints.between 0 32; }; };
   open = prefix: f:
     let rule = proto: single: range:
       let all = map toString single ++ map (r: "${toString r.from}-${toString r.to}") range;
@@ -18,7 +24,10 @@ let
     (open "" fw)
     (lib.concatLists (lib.mapAttrsToList (n: open ''iifname "${n}" '') fw.interfaces))
     (lib.optional fw.allowPing "icmp type echo-request accept")
-    [ "icmpv6 type != { nd-redirect, 139 } accept" "udp sport 67 udp dport 68 accept" "ip6 daddr fe80::/64 udp dport 546 accept" ]
+    [
+      "icmpv6 type != { nd-redirect, 139 } accept" "udp sport 67 udp dport 68 accept"
+      "ip6 daddr fe80::/64 udp dport 546 accept"
+    ]
     (lib.optional fw.rejectPackets "reject with icmpx port-unreachable")
   ];
   ruleset = pkgs.writeText "firewall.nft" ''
@@ -31,12 +40,21 @@ let
       }
     }
   '';
-  addresses = lib.filter (i: i.addresses != [ ]) (lib.mapAttrsToList (name: i: { inherit name; inherit (i.ipv4) addresses; }) cfg.interfaces);
+  addresses = lib.filter (i: i.addresses != [ ]) (lib.mapAttrsToList (name: i: {
+    inherit name;
+    inherit (i.ipv4) addresses;
+  }) cfg.interfaces);
 in {
   options.networking = {
-    hostName = mkOption { type = types.strMatching "^$|^[[:alnum:]]([[:alnum:]_-]{0,61}[[:alnum:]])?$"; default = "nixos"; };
+    hostName = mkOption {
+      type = types.strMatching "^$|^[[:alnum:]]([[:alnum:]_-]{0,61}[[:alnum:]])?$";
+      default = "nixos";
+    };
     domain = mkOption { type = types.nullOr types.str; default = null; };
-    fqdn = mkOption { type = types.str; default = if cfg.domain == null then cfg.hostName else "${cfg.hostName}.${cfg.domain}"; };
+    fqdn = mkOption {
+      type = types.str;
+      default = if cfg.domain == null then cfg.hostName else "${cfg.hostName}.${cfg.domain}";
+    };
     hostId = mkOption { type = types.nullOr types.str; default = null; };
     useDHCP = mkOption { type = types.bool; default = true; };
     usePredictableInterfaceNames = mkOption { type = types.bool; default = true; };
@@ -45,13 +63,15 @@ in {
     nameservers = mkOption { type = types.listOf types.str; default = [ ]; };
     extraHosts = mkOption { type = types.lines; default = ""; };
     hosts = mkOption { type = types.attrsOf (types.listOf types.str); default = { }; };
-    defaultGateway = mkOption { type = types.nullOr (types.either types.str (types.attrsOf types.anything)); default = null; };
+    defaultGateway = mkOption {
+      type = types.nullOr (types.either types.str (types.attrsOf types.anything));
+      default = null;
+    };
     interfaces = mkOption {
       default = { };
       type = types.attrsOf (types.submodule {
         options.useDHCP = mkOption { type = types.nullOr types.bool; default = null; };
-        options.ipv4.addresses = mkOption { type = types.listOf (types.submodule { options = {
-          address = mkOption { type = types.str; }; prefixLength = mkOption { type = types.ints.between 0 32; }; }; }); default = [ ]; };
+        options.ipv4.addresses = mkOption { type = types.listOf (types.submodule { options = address; }); default = [ ]; };
       });
     };
     networkmanager.enable = mkEnableOption "NetworkManager";
@@ -63,7 +83,10 @@ in {
       rejectPackets = mkOption { type = types.bool; default = false; };
       logRefusedConnections = mkOption { type = types.bool; default = true; };
       logRefusedPackets = mkOption { type = types.bool; default = false; };
-      checkReversePath = mkOption { type = types.either types.bool (types.enum [ "strict" "loose" ]); default = true; };
+      checkReversePath = mkOption {
+        type = types.either types.bool (types.enum [ "strict" "loose" ]);
+        default = true;
+      };
       trustedInterfaces = mkOption { type = types.listOf types.str; default = [ ]; };
       interfaces = mkOption { type = types.attrsOf (types.submodule interface); default = { }; };
     };
@@ -75,9 +98,20 @@ in {
     boot.kernel.sysctl."net.ipv6.conf.all.disable_ipv6" = mkIf (!cfg.enableIPv6) 1;
     environment.etc = {
       hostname.text = cfg.hostName + "\n";
-      hosts.text = "127.0.0.1 localhost\n::1 localhost\n127.0.0.2 ${lib.optionalString (cfg.domain != null) "${cfg.fqdn} "}${cfg.hostName}\n"
-        + lib.concatLines (lib.mapAttrsToList (ip: names: "${ip} ${lib.concatStringsSep " " names}") cfg.hosts) + cfg.extraHosts;
-      "nsswitch.conf".text = "passwd: files systemd\ngroup: files systemd\nshadow: files\nhosts: files dns\nnetworks: files\nservices: files\nprotocols: files\n";
+      hosts.text = lib.concatLines ([
+        "127.0.0.1 localhost"
+        "::1 localhost"
+        "127.0.0.2 ${lib.optionalString (cfg.domain != null) "${cfg.fqdn} "}${cfg.hostName}"
+      ] ++ lib.mapAttrsToList (ip: names: "${ip} ${lib.concatStringsSep " " names}") cfg.hosts) + cfg.extraHosts;
+      "nsswitch.conf".text = ''
+        passwd: files systemd
+        group: files systemd
+        shadow: files
+        hosts: files dns
+        networks: files
+        services: files
+        protocols: files
+      '';
     };
     systemd.services.dhcpcd = mkIf (cfg.useDHCP || lib.any (i: i.useDHCP == true) (lib.attrValues cfg.interfaces)) {
       description = "DHCP Client";
@@ -99,8 +133,9 @@ in {
       before = [ "network.target" ];
       path = [ pkgs.iproute2 ];
       serviceConfig = { Type = "oneshot"; RemainAfterExit = true; };
-      script = lib.concatMapStrings (i: lib.concatMapStrings (a: "ip addr replace ${a.address}/${toString a.prefixLength} dev ${i.name}\n") i.addresses
-        + "ip link set ${i.name} up\n") addresses;
+      script = lib.concatMapStrings (i: lib.concatMapStrings (a: ''
+        ip addr replace ${a.address}/${toString a.prefixLength} dev ${i.name}
+      '') i.addresses + "ip link set ${i.name} up\n") addresses;
     };
     systemd.services.firewall = mkIf fw.enable {
       description = "Firewall";

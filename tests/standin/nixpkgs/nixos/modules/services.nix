@@ -3,10 +3,12 @@
 let
   inherit (lib) mkOption types mkIf mkEnableOption;
   cfg = config.services;
-  agetty = "/sbin/agetty ${lib.escapeShellArgs cfg.getty.extraArgs}${lib.optionalString (cfg.getty.autologinUser != null) " --autologin ${cfg.getty.autologinUser}"}";
+  autologin = lib.optionals (cfg.getty.autologinUser != null) [ "--autologin" cfg.getty.autologinUser ];
+  agetty = "/sbin/agetty ${lib.escapeShellArgs (cfg.getty.extraArgs ++ autologin)}";
   # pam_env gives PATH to every kind of log-in, as in NixOS. No pam_systemd: a user manager for each takes a second here.
+  rootMay = [ "su" "su-l" "runuser" "runuser-l" "passwd" "chpasswd" "useradd" "usermod" ];
   pam = name: lib.concatLines (
-    lib.optional (lib.elem name [ "su" "su-l" "runuser" "runuser-l" "passwd" "chpasswd" "useradd" "usermod" ]) "auth sufficient pam_rootok.so" ++ [
+    lib.optional (lib.elem name rootMay) "auth sufficient pam_rootok.so" ++ [
       "auth sufficient pam_unix.so nullok"
       "auth required pam_deny.so"
       "account required pam_unix.so"
@@ -24,7 +26,10 @@ in {
       autologinUser = mkOption { type = types.nullOr types.str; default = null; };
       autologinOnce = mkOption { type = types.bool; default = false; };
       extraArgs = mkOption { type = types.listOf types.str; default = [ ]; };
-      greetingLine = mkOption { type = types.str; default = "<<< Welcome to ${config.system.nixos.distroName} ${config.system.nixos.label} (\\m) - \\l >>>"; };
+      greetingLine = mkOption {
+        type = types.str;
+        default = "<<< Welcome to ${config.system.nixos.distroName} ${config.system.nixos.label} (\\m) - \\l >>>";
+      };
       helpLine = mkOption { type = types.lines; default = ""; };
     };
     security.sudo = {
@@ -39,24 +44,43 @@ in {
 
   config = lib.mkMerge [
     (mkIf cfg.qemuGuest.enable {
-      services.udev.extraRules = ''SUBSYSTEM=="virtio-ports", ATTR{name}=="org.qemu.guest_agent.0", TAG+="systemd" ENV{SYSTEMD_WANTS}="qemu-guest-agent.service"'' + "\n";
+      services.udev.extraRules = ''
+        SUBSYSTEM=="virtio-ports", ATTR{name}=="org.qemu.guest_agent.0", TAG+="systemd" ENV{SYSTEMD_WANTS}="qemu-guest-agent.service"
+      '';
       systemd.services.qemu-guest-agent = {
         description = "Run the QEMU Guest Agent";
-        serviceConfig = { ExecStart = "/usr/sbin/qemu-ga --statedir /run/qemu-ga"; Restart = "always"; RestartSec = 0; RuntimeDirectory = "qemu-ga"; RuntimeDirectoryMode = "0755"; LogLevelMax = "notice"; };
+        serviceConfig = {
+          ExecStart = "/usr/sbin/qemu-ga --statedir /run/qemu-ga";
+          Restart = "always";
+          RestartSec = 0;
+          RuntimeDirectory = "qemu-ga";
+          RuntimeDirectoryMode = "0755";
+          LogLevelMax = "notice";
+        };
       };
     })
     {
-      systemd.services."getty@".serviceConfig.ExecStart = [ "" "-${agetty} --noclear --keep-baud %I 115200,38400,9600 $TERM" ];
-      systemd.services."serial-getty@".serviceConfig.ExecStart = [ "" "-${agetty} --keep-baud 115200,57600,38400,9600 %I $TERM" ];
+      systemd.services."getty@".serviceConfig.ExecStart = [
+        "" "-${agetty} --noclear --keep-baud %I 115200,38400,9600 $TERM"
+      ];
+      systemd.services."serial-getty@".serviceConfig.ExecStart = [
+        "" "-${agetty} --keep-baud 115200,57600,38400,9600 %I $TERM"
+      ];
       # What logind does in NixOS, for one small process: systemd-logind (with D-Bus) only starts when somebody asks for it.
       systemd.services.power-button = {
         description = "Power off when the power button is pressed";
         wantedBy = [ "multi-user.target" ];
         serviceConfig.ExecStart = "/bin/busybox acpid -f";
       };
-      environment.etc."acpi/PWRF/00000080" = { mode = "0755"; text = "#!/bin/sh\nexec /usr/bin/systemctl poweroff\n"; };
+      environment.etc."acpi/PWRF/00000080" = {
+        mode = "0755";
+        text = "#!/bin/sh\nexec /usr/bin/systemctl poweroff\n";
+      };
       environment.etc.issue.text = "\n${cfg.getty.greetingLine}\n${cfg.getty.helpLine}\n\n";
-      security.pam.names = [ "login" "su" "su-l" "passwd" "chpasswd" "other" "runuser" "runuser-l" "systemd-user" "sudo" "useradd" "usermod" ];
+      security.pam.names = [
+        "login" "su" "su-l" "passwd" "chpasswd" "other" "runuser" "runuser-l" "systemd-user" "sudo" "useradd"
+        "usermod"
+      ];
     }
     (mkIf config.security.sudo.enable {
       environment.systemPackages = [ pkgs.sudo ];
@@ -71,8 +95,10 @@ in {
       };
     })
     {
-      environment.etc = lib.listToAttrs (map (n: lib.nameValuePair "pam.d/${n}" { text = pam n; }) config.security.pam.names) // {
-        "pam/environment".text = "PATH DEFAULT=\"/run/wrappers/bin:/nix/var/nix/profiles/default/bin:/etc/profiles/per-user/@{PAM_USER}/bin:/run/current-system/sw/bin\"\n";
+      environment.etc = lib.genAttrs' config.security.pam.names (n: lib.nameValuePair "pam.d/${n}" { text = pam n; }) // {
+        "pam/environment".text = ''
+          PATH DEFAULT="/run/wrappers/bin:/etc/profiles/per-user/@{PAM_USER}/bin:/run/current-system/sw/bin"
+        '';
       };
     }
   ];

@@ -5,10 +5,18 @@ let
   cfg = config.services.openssh;
   atom = types.nullOr (types.oneOf [ types.bool types.int types.str (types.listOf types.str) ]);
   flag = default: mkOption { type = types.nullOr types.bool; inherit default; };
-  show = v: if v == true then "yes" else if v == false then "no" else if lib.isList v then lib.concatStringsSep "," v else toString v;
+  show = v: if v == true then "yes"
+    else if v == false then "no" else if lib.isList v then lib.concatStringsSep "," v else toString v;
   separate = [ "AllowUsers" "AllowGroups" "DenyUsers" "DenyGroups" ];
-  line = k: v: lib.optionalString (v != null) "${k} ${if lib.isList v && lib.elem k separate then lib.concatStringsSep " " v else show v}\n";
+  line = k: v:
+    let text = if lib.isList v && lib.elem k separate then lib.concatStringsSep " " v else show v; in
+    lib.optionalString (v != null) "${k} ${text}\n";
   exec = "/usr/sbin/sshd";
+  address = {
+    addr = mkOption { type = types.nullOr types.str; default = null; };
+    port = mkOption { type = types.nullOr types.int; default = null; };
+  };
+  listen = l: "ListenAddress ${l.addr}${lib.optionalString (l.port != null) ":${toString l.port}"}\n";
 in {
   options.services.openssh = {
     enable = mkOption { type = types.bool; default = false; };
@@ -16,9 +24,11 @@ in {
     ports = mkOption { type = types.listOf types.port; default = [ 22 ]; };
     openFirewall = mkOption { type = types.bool; default = true; };
     allowSFTP = mkOption { type = types.bool; default = true; };
-    listenAddresses = mkOption { type = types.listOf (types.submodule { options = {
-      addr = mkOption { type = types.nullOr types.str; default = null; }; port = mkOption { type = types.nullOr types.int; default = null; }; }; }); default = [ ]; };
-    hostKeys = mkOption { type = types.listOf (types.attrsOf types.anything); default = [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ]; };
+    listenAddresses = mkOption { type = types.listOf (types.submodule { options = address; }); default = [ ]; };
+    hostKeys = mkOption {
+      type = types.listOf (types.attrsOf types.anything);
+      default = [ { type = "ed25519"; path = "/etc/ssh/ssh_host_ed25519_key"; } ];
+    };
     authorizedKeysFiles = mkOption { type = types.listOf types.str; default = [ ]; };
     authorizedKeysInHomedir = mkOption { type = types.bool; default = true; };
     banner = mkOption { type = types.nullOr types.lines; default = null; };
@@ -28,7 +38,12 @@ in {
       type = types.submodule {
         freeformType = types.attrsOf atom;
         options = {
-          PermitRootLogin = mkOption { type = types.nullOr (types.enum [ "yes" "without-password" "prohibit-password" "forced-commands-only" "no" ]); default = "prohibit-password"; };
+          PermitRootLogin = mkOption {
+            type = types.nullOr (types.enum [
+              "yes" "without-password" "prohibit-password" "forced-commands-only" "no"
+            ]);
+            default = "prohibit-password";
+          };
           PasswordAuthentication = flag true;
           KbdInteractiveAuthentication = flag true;
           X11Forwarding = flag false;
@@ -36,7 +51,12 @@ in {
           UseDns = flag false;
           StrictModes = flag true;
           GatewayPorts = mkOption { type = types.nullOr types.str; default = "no"; };
-          LogLevel = mkOption { type = types.nullOr (types.enum [ "QUIET" "FATAL" "ERROR" "INFO" "VERBOSE" "DEBUG" "DEBUG1" "DEBUG2" "DEBUG3" ]); default = "INFO"; };
+          LogLevel = mkOption {
+            type = types.nullOr (types.enum [
+              "QUIET" "FATAL" "ERROR" "INFO" "VERBOSE" "DEBUG" "DEBUG1" "DEBUG2" "DEBUG3"
+            ]);
+            default = "INFO";
+          };
           PrintMotd = flag false;
           AllowUsers = mkOption { type = types.nullOr (types.listOf types.str); default = null; };
           AllowGroups = mkOption { type = types.nullOr (types.listOf types.str); default = null; };
@@ -48,13 +68,14 @@ in {
   };
 
   config = mkIf cfg.enable {
-    services.openssh.authorizedKeysFiles = lib.optional cfg.authorizedKeysInHomedir "%h/.ssh/authorized_keys" ++ [ "/etc/ssh/authorized_keys.d/%u" ];
+    services.openssh.authorizedKeysFiles = lib.optional cfg.authorizedKeysInHomedir "%h/.ssh/authorized_keys"
+      ++ [ "/etc/ssh/authorized_keys.d/%u" ];
     users.users.sshd = { isSystemUser = true; group = "sshd"; description = "SSH privilege separation user"; };
     users.groups.sshd = { };
     networking.firewall.allowedTCPPorts = lib.optionals cfg.openFirewall cfg.ports;
     environment.etc."ssh/sshd_config".text = lib.concatStrings [
       (lib.concatMapStrings (line "Port") cfg.ports)
-      (lib.concatMapStrings (l: "ListenAddress ${l.addr}${lib.optionalString (l.port != null) ":${toString l.port}"}\n") cfg.listenAddresses)
+      (lib.concatMapStrings listen cfg.listenAddresses)
       (lib.concatStrings (lib.mapAttrsToList line cfg.settings))
       (lib.optionalString cfg.allowSFTP "Subsystem sftp /usr/lib/openssh/sftp-server\n")
       (lib.optionalString (cfg.banner != null) "Banner ${pkgs.writeText "ssh_banner" cfg.banner}\n")
@@ -70,7 +91,9 @@ in {
       unitConfig.ConditionFileNotEmpty = map (k: "|!${k.path}") cfg.hostKeys;
       serviceConfig.Type = "oneshot";
       script = lib.concatMapStrings (k: ''
-        if ! [ -s "${k.path}" ]; then /usr/bin/ssh-keygen -q -t "${k.type}" ${lib.optionalString (k ? bits) "-b ${toString k.bits}"} -f "${k.path}" -N ""; fi
+        if ! [ -s "${k.path}" ]; then
+          /usr/bin/ssh-keygen -q -t "${k.type}" ${lib.optionalString (k ? bits) "-b ${toString k.bits}"} -f "${k.path}" -N ""
+        fi
       '') cfg.hostKeys;
     };
     systemd.services.sshd = mkIf (!cfg.startWhenNeeded) {
@@ -96,7 +119,13 @@ in {
       description = "SSH per-connection Daemon";
       after = [ "network.target" "sshd-keygen.service" ];
       wants = [ "sshd-keygen.service" ];
-      serviceConfig = { ExecStart = "-${exec} -i -f /etc/ssh/sshd_config"; StandardInput = "socket"; KillMode = "process"; RuntimeDirectory = "sshd"; RuntimeDirectoryPreserve = true; };
+      serviceConfig = {
+        ExecStart = "-${exec} -i -f /etc/ssh/sshd_config";
+        StandardInput = "socket";
+        KillMode = "process";
+        RuntimeDirectory = "sshd";
+        RuntimeDirectoryPreserve = true;
+      };
     };
     security.pam.names = [ "sshd" ];
   };

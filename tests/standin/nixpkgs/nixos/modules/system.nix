@@ -21,11 +21,25 @@ let
   mounts = lib.filterAttrs (_: fs: fs.enable) config.fileSystems;
   # Parents first, and what is made of other mounts last.
   derived = fs: fs.fsType == "overlay" || lib.elem "bind" fs.options;
-  mountOrder = let all = lib.sortOn (fs: lib.stringLength fs.mountPoint) (lib.attrValues mounts); in lib.filter (fs: !derived fs) all ++ lib.filter derived all;
-  isForBoot = fs: fs.neededForBoot || lib.elem fs.mountPoint [ "/" "/nix" "/nix/store" "/var" "/var/log" "/var/lib" "/etc" "/usr" ];
-  mountLine = fs: "${if fs.device == null then "none" else fs.device} ${fs.mountPoint} ${if lib.elem "bind" fs.options then "bind" else fs.fsType} ${lib.concatStringsSep "," (lib.filter (o: !lib.hasPrefix "x-" o) fs.options)}\n";
-  fstab = lib.concatMapStrings (fs:
-    "${if fs.device == null then fs.fsType else fs.device} ${fs.mountPoint} ${fs.fsType} ${lib.concatStringsSep "," (lib.unique (fs.options ++ lib.optional (isForBoot fs) "x-initrd.mount"))} 0 0\n") mountOrder;
+  mountOrder = let all = lib.sortOn (fs: lib.stringLength fs.mountPoint) (lib.attrValues mounts); in
+    lib.filter (fs: !derived fs) all
+    ++ lib.filter derived all;
+  isForBoot = fs: fs.neededForBoot || lib.elem fs.mountPoint [
+    "/" "/nix" "/nix/store" "/var" "/var/log" "/var/lib" "/etc" "/usr"
+  ];
+  mountLine = fs: lib.concatStringsSep " " [
+    (if fs.device == null then "none" else fs.device)
+    fs.mountPoint
+    (if lib.elem "bind" fs.options then "bind" else fs.fsType)
+    (lib.concatStringsSep "," (lib.filter (o: !lib.hasPrefix "x-" o) fs.options))
+  ] + "\n";
+  fstabLine = fs: lib.concatStringsSep " " [
+    (if fs.device == null then fs.fsType else fs.device)
+    fs.mountPoint
+    fs.fsType
+    (lib.concatStringsSep "," (lib.unique (fs.options ++ lib.optional (isForBoot fs) "x-initrd.mount")))
+    "0 0\n"
+  ];
 
   activate = ''
     #!${pkgs.runtimeShell}
@@ -33,13 +47,13 @@ let
     systemConfig='@out@'
     export PATH=/usr/sbin:/usr/bin
     _status=0
-    trap '_status=1' ERR
+    trap '_localstatus=$?; _status=1' ERR
     mkdir -p /run
     ${lib.concatMapStrings (name: ''
       #### Activation script snippet ${name}:
       _localstatus=0
       ${cfg.activationScripts.${name}.text}
-      if (( _localstatus > 0 )); then printf "Activation script snippet '%s' failed (%s)\n" ${name} "$_localstatus"; fi
+      if (( _localstatus > 0 )); then echo "Activation script snippet '${name}' failed ($_localstatus)"; fi
     '') ordered}
     ln -sfn "$systemConfig" /run/current-system
     exit $_status
@@ -64,7 +78,10 @@ let
 in {
   options = {
     system = {
-      name = mkOption { type = types.str; default = if config.networking.hostName == "" then "unnamed" else config.networking.hostName; };
+      name = mkOption {
+        type = types.str;
+        default = if config.networking.hostName == "" then "unnamed" else config.networking.hostName;
+      };
       stateVersion = mkOption { type = types.strMatching "[0-9]{2}\\.[0-9]{2}"; default = cfg.nixos.release; };
       build = mkOption { type = types.lazyAttrsOf types.unspecified; default = { }; };
       path = mkOption { type = types.package; internal = true; };
@@ -77,13 +94,20 @@ in {
       };
       configurationRevision = mkOption { type = types.nullOr types.str; default = null; };
       nixos = lib.mapAttrs (_: default: mkOption { type = types.str; inherit default; }) {
-        release = "25.11"; version = "25.11.standin"; codeName = "Xantusia"; distroName = "NixOS"; distroId = "nixos"; variant_id = ""; tags = "";
+        release = "25.11"; version = "25.11.standin"; codeName = "Xantusia"; distroName = "NixOS"; distroId = "nixos";
+        variant_id = ""; tags = "";
       } // { label = mkOption { type = types.str; default = cfg.nixos.version; }; };
     };
     boot = {
-      kernelParams = mkOption { type = types.listOf (types.strMatching ''([^"[:space:]]|"[^"]*")+''); default = [ ]; };
+      kernelParams = mkOption {
+        type = types.listOf (types.strMatching ''([^"[:space:]]|"[^"]*")+'');
+        default = [ ];
+      };
       kernelModules = mkOption { type = types.listOf types.str; default = [ ]; };
-      kernel.sysctl = mkOption { type = types.attrsOf (types.nullOr (types.oneOf [ types.bool types.int types.str ])); default = { }; };
+      kernel.sysctl = mkOption {
+        type = types.attrsOf (types.nullOr (types.oneOf [ types.bool types.int types.str ]));
+        default = { };
+      };
       consoleLogLevel = mkOption { type = types.int; default = 4; };
       postBootCommands = mkOption { type = types.lines; default = ""; };
     };
@@ -112,10 +136,14 @@ in {
       message = "The ‘fileSystems’ option does not specify your root file system.";
     } ];
     boot.kernelParams = [ "loglevel=${toString config.boot.consoleLogLevel}" ];
-    systemd.services.systemd-sysctl = lib.mkIf (config.boot.kernel.sysctl != { }) { wantedBy = [ "sysinit.target" ]; };
-    systemd.services.systemd-modules-load = lib.mkIf (config.boot.kernelModules != [ ]) { wantedBy = [ "sysinit.target" ]; };
+    systemd.services.systemd-sysctl = lib.mkIf (config.boot.kernel.sysctl != { }) {
+      wantedBy = [ "sysinit.target" ];
+    };
+    systemd.services.systemd-modules-load = lib.mkIf (config.boot.kernelModules != [ ]) {
+      wantedBy = [ "sysinit.target" ];
+    };
     environment.etc = {
-      fstab.text = fstab;
+      fstab.text = lib.concatMapStrings fstabLine mountOrder;
       os-release.text = ''
         ANSI_COLOR="0;38;2;126;186;228"
         BUG_REPORT_URL="https://github.com/NixOS/nixpkgs/issues"
@@ -128,11 +156,19 @@ in {
         VERSION_ID="${cfg.nixos.release}"
       '';
       NIXOS.text = "";
-      "sysctl.d/60-nixos.conf" = lib.mkIf (config.boot.kernel.sysctl != { }) { text = lib.concatStrings (lib.mapAttrsToList (k: v:
-        lib.optionalString (v != null) "${k}=${if v == true then "1" else if v == false then "0" else toString v}\n") config.boot.kernel.sysctl); };
-      "modules-load.d/nixos.conf" = lib.mkIf (config.boot.kernelModules != [ ]) { text = lib.concatLines config.boot.kernelModules; };
+      "sysctl.d/60-nixos.conf" = lib.mkIf (config.boot.kernel.sysctl != { }) {
+        text = lib.concatStrings (lib.mapAttrsToList (k: v:
+          lib.optionalString (v != null) "${k}=${if v == true then "1" else if v == false then "0" else toString v}\n"
+        ) config.boot.kernel.sysctl);
+      };
+      "modules-load.d/nixos.conf" = lib.mkIf (config.boot.kernelModules != [ ]) {
+        text = lib.concatLines config.boot.kernelModules;
+      };
     };
-    system.activationScripts.etc = { deps = [ "users" ]; text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n"; };
+    system.activationScripts.etc = {
+      deps = [ "users" ];
+      text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n";
+    };
     system.activationScripts.specialfs.text = "";
     system.activationScripts.groups = { deps = [ "users" ]; text = ""; };
 
@@ -165,7 +201,9 @@ in {
         echo 1 > $out/init-interface-version; echo "$extraDependencies" > $out/extra-dependencies
         for f in activate init; do eval "sed s#@out@#$out#g < \$''${f}Path > $out/$f"; chmod 755 $out/$f; done
         # The packages in the closure: stage 1 lays them over /usr, wherever the configuration mentions them.
-        sort -u closure closure-path | grep "^$NIX_STORE/" | while read -r p; do [ ! -e $p/nix-support/standin-layer ] || echo $p; done > $out/usr-layers
+        sort -u closure closure-path | grep "^$NIX_STORE/" | while read -r p; do
+          [ ! -e $p/nix-support/standin-layer ] || echo $p
+        done > $out/usr-layers
         ${cfg.extraSystemBuilderCmds}
       '');
     };

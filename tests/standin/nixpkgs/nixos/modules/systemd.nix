@@ -14,11 +14,15 @@ let
     enable = flag true;
     description = mkOption { type = types.singleLineStr; default = ""; };
     documentation = strings;
-    after = strings; before = strings; wants = strings; requires = strings; requisite = strings; bindsTo = strings; partOf = strings;
-    conflicts = strings; upholds = strings; onFailure = strings; onSuccess = strings; wantedBy = strings; requiredBy = strings; upheldBy = strings;
+    after = strings; before = strings; wants = strings; requires = strings; requisite = strings; bindsTo = strings;
+    partOf = strings; conflicts = strings; upholds = strings; onFailure = strings; onSuccess = strings; wantedBy = strings;
+    requiredBy = strings; upheldBy = strings;
     aliases = strings;
     unitConfig = options';
-    overrideStrategy = mkOption { type = types.enum [ "asDropinIfExists" "asDropin" ]; default = "asDropinIfExists"; };
+    overrideStrategy = mkOption {
+      type = types.enum [ "asDropinIfExists" "asDropin" ];
+      default = "asDropinIfExists";
+    };
     restartTriggers = mkOption { type = types.listOf types.unspecified; default = [ ]; };
     reloadTriggers = mkOption { type = types.listOf types.unspecified; default = [ ]; };
     startLimitBurst = mkOption { type = types.nullOr types.int; default = null; };
@@ -34,6 +38,13 @@ let
     restartIfChanged = flag true; reloadIfChanged = flag false; stopIfChanged = flag true;
     startAt = mkOption { type = types.either types.str (types.listOf types.str); default = [ ]; apply = lib.toList; };
   };
+  mount = {
+    what = mkOption { type = types.str; };
+    where = mkOption { type = types.str; };
+    type = mkOption { type = types.str; default = ""; };
+    options = mkOption { type = types.commas; default = ""; };
+    mountConfig = options';
+  };
   units = extra: mkOption { type = types.attrsOf (types.submodule { options = common // extra; }); default = { }; };
 
   show = v: if lib.isBool v then lib.boolToString v else toString v;
@@ -43,11 +54,14 @@ let
   unitSection = u:
     optionalAttrs (u.description != "") { Description = u.description; } // listed "Documentation" u.documentation
     // listed "After" u.after // listed "Before" u.before // listed "Wants" u.wants // listed "Requires" u.requires
-    // listed "Requisite" u.requisite // listed "BindsTo" u.bindsTo // listed "PartOf" u.partOf // listed "Conflicts" u.conflicts
+    // listed "Requisite" u.requisite // listed "BindsTo" u.bindsTo // listed "PartOf" u.partOf
+      // listed "Conflicts" u.conflicts
     // listed "Upholds" u.upholds // listed "OnFailure" u.onFailure // listed "OnSuccess" u.onSuccess
     // optionalAttrs (u.startLimitBurst != null) { StartLimitBurst = u.startLimitBurst; }
     // optionalAttrs (u.startLimitIntervalSec != null) { StartLimitIntervalSec = u.startLimitIntervalSec; }
-    // optionalAttrs (u.restartTriggers != [ ]) { X-Restart-Triggers = map toString u.restartTriggers; } // u.unitConfig;
+    // optionalAttrs (u.restartTriggers != [ ]) {
+      X-Restart-Triggers = map toString u.restartTriggers;
+    } // u.unitConfig;
 
   unit = suffix: text: scripts: name: u: nameValuePair "${name}.${suffix}" {
     inherit (u) enable aliases;
@@ -57,12 +71,21 @@ let
     scripts = scripts name u;
   };
   defaultPath = with pkgs; [ coreutils findutils gnugrep gnused systemd ];
-  steps = { script = "start"; preStart = "pre-start"; postStart = "post-start"; preStop = "pre-stop"; postStop = "post-stop"; reload = "reload"; };
+  steps = {
+    script = "start";
+    preStart = "pre-start";
+    postStart = "post-start";
+    preStop = "pre-stop";
+    postStop = "post-stop";
+    reload = "reload";
+  };
   serviceText = name: u:
     let
       file = step: "@scripts@/${name}-${steps.${step}}";
       when = step: key: value: optionalAttrs (u.${step} != "") { ${key} = value; };
-      environment = { PATH = lib.concatMapStringsSep ":" (p: "${toString p}/bin") (u.path ++ defaultPath); } // cfg.globalEnvironment // u.environment;
+      environment = {
+        PATH = lib.concatMapStringsSep ":" (p: "${toString p}/bin") (u.path ++ defaultPath);
+      } // cfg.globalEnvironment // u.environment;
     in body "Service" ({
       Environment = lib.mapAttrsToList (k: v: builtins.toJSON "${k}=${show v}") (lib.filterAttrs (_: v: v != null) environment);
     } // u.serviceConfig
@@ -72,6 +95,12 @@ let
       // when "postStop" "ExecStopPost" (file "postStop") // when "reload" "ExecReload" (file "reload"));
   serviceScripts = name: u: lib.listToAttrs (lib.concatMap (step: optional (u.${step} != "")
     (nameValuePair "${name}-${steps.${step}}" "#!${pkgs.runtimeShell}\nset -e\n${u.${step}}\n")) (lib.attrNames steps));
+  socketText = u: body "Socket" (u.socketConfig
+    // optionalAttrs (u.listenStreams != [ ]) { ListenStream = u.listenStreams; }
+    // optionalAttrs (u.listenDatagrams != [ ]) { ListenDatagram = u.listenDatagrams; });
+  mountText = u: body "Mount" ({ What = u.what; Where = u.where; }
+    // optionalAttrs (u.type != "") { Type = u.type; } // optionalAttrs (u.options != "") { Options = u.options; } // u.mountConfig);
+  escaped = path: lib.replaceStrings [ "-" "/" ] [ "\\x2d" "-" ] (lib.removePrefix "/" path);
   none = _: _: { };
 in {
   options.systemd = {
@@ -81,9 +110,7 @@ in {
     paths = units { pathConfig = options'; };
     targets = units { };
     slices = units { sliceConfig = options'; };
-    mounts = mkOption { type = types.listOf (types.submodule { options = common // {
-      what = mkOption { type = types.str; }; where = mkOption { type = types.str; };
-      type = mkOption { type = types.str; default = ""; }; options = mkOption { type = types.commas; default = ""; }; mountConfig = options'; }; }); default = [ ]; };
+    mounts = mkOption { type = types.listOf (types.submodule { options = common // mount; }); default = [ ]; };
     tmpfiles.rules = strings;
     defaultUnit = mkOption { type = types.str; default = "multi-user.target"; };
     globalEnvironment = mkOption { type = types.attrsOf atom; default = { }; };
@@ -102,15 +129,12 @@ in {
       (lib.filterAttrs (_: s: s.enable && s.startAt != [ ]) cfg.services);
     systemd.built =
       lib.concatMapAttrs (name: u: lib.listToAttrs [ (unit "service" (serviceText name) serviceScripts name u) ]) cfg.services
-      // mapAttrs' (unit "socket" (u: body "Socket" (u.socketConfig // optionalAttrs (u.listenStreams != [ ]) { ListenStream = u.listenStreams; }
-        // optionalAttrs (u.listenDatagrams != [ ]) { ListenDatagram = u.listenDatagrams; })) none) cfg.sockets
+      // mapAttrs' (unit "socket" socketText none) cfg.sockets
       // mapAttrs' (unit "timer" (u: body "Timer" u.timerConfig) none) cfg.timers
       // mapAttrs' (unit "path" (u: body "Path" u.pathConfig) none) cfg.paths
       // mapAttrs' (unit "target" (_: "") none) cfg.targets
       // mapAttrs' (unit "slice" (u: body "Slice" u.sliceConfig) none) cfg.slices
-      // lib.listToAttrs (map (u: unit "mount" (u: body "Mount" ({ What = u.what; Where = u.where; } // optionalAttrs (u.type != "") { Type = u.type; }
-        // optionalAttrs (u.options != "") { Options = u.options; } // u.mountConfig)) none
-        (lib.replaceStrings [ "-" "/" ] [ "\\x2d" "-" ] (lib.removePrefix "/" u.where)) u) cfg.mounts)
+      // lib.listToAttrs (map (u: unit "mount" mountText none (escaped u.where) u) cfg.mounts)
       // lib.genAttrs cfg.suppressedSystemUnits (_: { enable = false; scripts = { }; text = ""; });
     environment.etc = {
       "systemd/system/default.target".source = "/usr/lib/systemd/system/${cfg.defaultUnit}";

@@ -21,7 +21,8 @@ let
       shell = mkOption {
         type = types.nullOr (types.either types.shellPackage (types.passwdEntry types.path));
         default = "/run/current-system/sw/bin/nologin";
-        apply = v: if lib.isDerivation v then "/run/current-system/sw${v.shellPath or "/bin/${lib.getName v}"}" else v;
+        apply = v: if lib.isDerivation v then "/run/current-system/sw${v.shellPath or "/bin/${lib.getName v}"}"
+          else v;
       };
       inherit password;
       hashedPassword = password; initialPassword = password; initialHashedPassword = password; hashedPasswordFile = password;
@@ -57,13 +58,16 @@ let
       groups = lib.attrValues cfg.groups;
     };
     passAsFile = [ "spec" ];
-  } "exec python3 ${./build-users.py} $specPath $out";
+  } "python3 ${./build-users.py} $specPath $out";
 in {
   options.users = {
     users = mkOption { type = types.attrsOf (types.submodule user); default = { }; };
     groups = mkOption { type = types.attrsOf (types.submodule group); default = { }; };
     mutableUsers = mkOption { type = types.bool; default = true; };
-    defaultUserShell = mkOption { type = types.either types.shellPackage types.path; default = pkgs.bashInteractive; };
+    defaultUserShell = mkOption {
+      type = types.either types.shellPackage types.path;
+      default = pkgs.bashInteractive;
+    };
     allowNoPasswordLogin = mkOption { type = types.bool; default = false; };
     motd = mkOption { type = types.nullOr types.lines; default = null; };
     extraUsers = mkOption { type = types.attrsOf types.raw; default = { }; };
@@ -72,17 +76,29 @@ in {
   config = {
     users.users = lib.mkMerge [
       {
-        root = { uid = 0; description = "System administrator"; home = "/root"; shell = mkDefault cfg.defaultUserShell; group = "root"; isSystemUser = true; };
-        nobody = { uid = 65534; isSystemUser = true; description = "Unprivileged account (don't use!)"; group = "nogroup"; };
+        root = {
+          uid = 0;
+          description = "System administrator";
+          home = "/root";
+          shell = mkDefault cfg.defaultUserShell;
+          group = "root";
+          isSystemUser = true;
+        };
+        nobody = {
+          uid = 65534;
+          isSystemUser = true;
+          description = "Unprivileged account (don't use!)";
+          group = "nogroup";
+        };
         messagebus = { uid = 4; isSystemUser = true; group = "messagebus"; };
         systemd-network = { uid = 152; isSystemUser = true; group = "systemd-network"; };
       }
       cfg.extraUsers
     ];
     users.groups = lib.mapAttrs (_: gid: { inherit gid; }) {
-      root = 0; wheel = 1; kmem = 2; tty = 3; messagebus = 4; disk = 6; audio = 17; floppy = 18; uucp = 19; lp = 20; cdrom = 24; tape = 25;
-      video = 26; dialout = 27; utmp = 29; adm = 55; systemd-journal = 62; users = 100; systemd-network = 152; input = 174; kvm = 302;
-      render = 303; sgx = 304; shadow = 318; nixbld = 30000; nogroup = 65534;
+      root = 0; wheel = 1; kmem = 2; tty = 3; messagebus = 4; disk = 6; audio = 17; floppy = 18; uucp = 19; lp = 20;
+      cdrom = 24; tape = 25; video = 26; dialout = 27; utmp = 29; adm = 55; systemd-journal = 62; users = 100;
+      systemd-network = 152; input = 174; kvm = 302; render = 303; sgx = 304; shadow = 318; nixbld = 30000; nogroup = 65534;
     };
 
     environment.etc = lib.listToAttrs (map (u: lib.nameValuePair "ssh/authorized_keys.d/${u.name}" {
@@ -101,8 +117,9 @@ in {
 
     assertions = lib.concatMap (u: [
       {
-        assertion = u.shell == "/run/current-system/sw/bin/zsh" -> config.programs.zsh.enable || u.ignoreShellProgramCheck;
-        message = "users.users.${u.name}.shell is set to zsh, but\nprograms.zsh.enable is not true. This will cause the zsh\nshell to lack the basic nix directories in its PATH and might make\nlogging in as ${u.name} impossible. You can fix it with:\nprograms.zsh.enable = true;";
+        assertion = u.shell == "/run/current-system/sw/bin/zsh" -> config.programs.zsh.enable
+          || u.ignoreShellProgramCheck;
+        message = "users.users.${u.name}.shell is set to zsh, but\nprograms.zsh.enable is not true.";
       }
       {
         assertion = u.isNormalUser != u.isSystemUser;
@@ -110,7 +127,7 @@ in {
       }
       {
         assertion = u.group != "";
-        message = "users.users.${u.name}.group is unset. This used to default to\nnogroup, but this is unsafe. For example you can create a group\nfor this user with:\nusers.users.${u.name}.group = \"${u.name}\";\nusers.groups.${u.name} = {};";
+        message = "users.users.${u.name}.group is unset. This used to default to\nnogroup, but this is unsafe.";
       }
       {
         assertion = u.group == "" || lib.any (g: g.name == u.group) (lib.attrValues cfg.groups);

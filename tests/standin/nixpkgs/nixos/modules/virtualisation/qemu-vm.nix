@@ -15,7 +15,10 @@ let
   share.options = {
     source = mkOption { type = types.str; };
     target = mkOption { type = types.path; };
-    securityModel = mkOption { type = types.enum [ "passthrough" "mapped-xattr" "mapped-file" "none" ]; default = "mapped-xattr"; };
+    securityModel = mkOption {
+      type = types.enum [ "passthrough" "mapped-xattr" "mapped-file" "none" ];
+      default = "mapped-xattr";
+    };
   };
   forward.options = {
     from = mkOption { type = types.enum [ "host" "guest" ]; default = "host"; };
@@ -25,12 +28,25 @@ let
   };
 
   pairs = s: lib.concatStringsSep "," (lib.mapAttrsToList (k: v: "${k}=${v}") s);
-  driveLine = n: d: "-drive ${pairs (d.driveExtraOpts // { index = toString n; id = "drive${toString n}"; "if" = "none"; inherit (d) file; })} -device virtio-blk-pci,${pairs (d.deviceExtraOpts // { drive = "drive${toString n}"; })}";
+  driveLine = n: d:
+    let
+      id = "drive${toString n}";
+      drive = d.driveExtraOpts // { inherit id; inherit (d) file; "if" = "none"; index = toString n; };
+    in "-drive ${pairs drive} -device virtio-blk-pci,${pairs (d.deviceExtraOpts // { drive = id; })}";
   shareLine = tag: s: "-virtfs local,path=${s.source},security_model=${s.securityModel},mount_tag=${tag}";
+  shellName = lib.replaceStrings [ "-" "." ] [ "_" "_" ] config.system.name;
+  restrict = optionalString cfg.restrictNetwork "restrict=on,";
+  bootParams = "init=${build.toplevel}/init regInfo=${closure}/registration";
+  forwardOption = f:
+    let guest = "${f.guest.address}:${toString f.guest.port}"; in
+    if f.from == "host" then "hostfwd=${f.proto}:${f.host.address}:${toString f.host.port}-${guest},"
+    else "'guestfwd=${f.proto}:${guest}-cmd:/bin/nc ${f.host.address} ${toString f.host.port}',";
   consoles = lib.concatMapStringsSep " " (c: "console=${c}") cfg.qemu.consoles;
   lines = lib.concatStringsSep " \\\n    ";
   # What has to be in the store image, and where the paths stand that `additionalPaths` promises.
-  closure = pkgs.standin.run "closure-info" { exportReferencesGraph = lib.concatLists (lib.imap0 (n: p: [ "graph-${toString n}" p ]) cfg.additionalPaths); } ''
+  closure = pkgs.standin.run "closure-info" {
+    exportReferencesGraph = lib.concatLists (lib.imap0 (n: p: [ "graph-${toString n}" p ]) cfg.additionalPaths);
+  } ''
     mkdir -p $out; sort -u graph-* | grep "^$NIX_STORE/" > $out/store-paths
     touch $out/registration # for a nix in the guest, which has none
   '';
@@ -124,7 +140,10 @@ in {
     qemu = {
       package = mkOption { type = types.either types.package types.path; default = pkgs.qemu; };
       options = mkOption { type = types.listOf types.str; default = [ ]; };
-      consoles = mkOption { type = types.listOf types.str; default = (if cfg.graphics then lib.id else lib.reverseList) [ "ttyS0,115200n8" "tty0" ]; };
+      consoles = mkOption {
+        type = types.listOf types.str;
+        default = (if cfg.graphics then lib.id else lib.reverseList) [ "ttyS0,115200n8" "tty0" ];
+      };
       networkingOptions = mkOption { type = types.listOf types.str; default = [ ]; };
       drives = mkOption { type = types.listOf (types.submodule drive); default = [ ]; };
       diskInterface = mkOption { type = types.enum [ "virtio" ]; default = "virtio"; };
@@ -135,40 +154,68 @@ in {
 
   config = {
     assertions = [
-      { assertion = !cfg.useBootLoader && !cfg.useEFIBoot && !cfg.tpm.enable; message = "The stand-in for nixpkgs has no virtualisation.useBootLoader, useEFIBoot and tpm: it boots the kernel directly."; }
-      { assertion = cfg.mountHostNixStore || cfg.useNixStoreImage; message = "The stand-in for nixpkgs takes /nix/store from the host or from an image (virtualisation.useNixStoreImage)."; }
-      { assertion = cfg.diskImage != null; message = "The stand-in for nixpkgs has no root on tmpfs (virtualisation.diskImage = null)."; }
+      {
+        assertion = !cfg.useBootLoader && !cfg.useEFIBoot && !cfg.tpm.enable;
+        message = "The stand-in for nixpkgs boots the kernel directly: no virtualisation.useBootLoader, useEFIBoot, tpm.";
+      }
+      {
+        assertion = cfg.mountHostNixStore || cfg.useNixStoreImage;
+        message = "The stand-in for nixpkgs takes /nix/store from the host, or from an image (useNixStoreImage).";
+      }
+      {
+        assertion = cfg.diskImage != null;
+        message = "The stand-in for nixpkgs has no root on tmpfs (virtualisation.diskImage = null).";
+      }
     ];
     virtualisation.additionalPaths = [ build.toplevel ];
     virtualisation.sharedDirectories = {
-      nix-store = mkIf cfg.mountHostNixStore { source = builtins.storeDir; target = "/nix/.ro-store"; securityModel = "none"; };
+      nix-store = mkIf cfg.mountHostNixStore {
+        source = builtins.storeDir;
+        target = "/nix/.ro-store";
+        securityModel = "none";
+      };
       xchg = { source = ''"$TMPDIR"/xchg''; target = "/tmp/xchg"; securityModel = "none"; };
       shared = { source = ''"''${SHARED_DIR:-$TMPDIR/xchg}"''; target = "/tmp/shared"; securityModel = "none"; };
     };
     virtualisation.qemu = {
       networkingOptions = [
         "-net nic,netdev=user.0,model=virtio"
-        "-netdev user,id=user.0,${lib.concatMapStrings (f: if f.from == "host"
-          then "hostfwd=${f.proto}:${f.host.address}:${toString f.host.port}-${f.guest.address}:${toString f.guest.port},"
-          else "'guestfwd=${f.proto}:${f.guest.address}:${toString f.guest.port}-cmd:/bin/nc ${f.host.address} ${toString f.host.port}',") cfg.forwardPorts
-        }${optionalString cfg.restrictNetwork "restrict=on,"}\"$QEMU_NET_OPTS\""
+        "-netdev user,id=user.0,${lib.concatMapStrings forwardOption cfg.forwardPorts}${restrict}\"$QEMU_NET_OPTS\""
       ];
       options = mkMerge [
         (mkIf cfg.qemu.virtioKeyboard [ "-device virtio-keyboard" ])
         [ "-usb" "-device usb-tablet,bus=usb-bus.0" ]
         [
-          "-kernel \${NIXPKGS_QEMU_KERNEL_${lib.replaceStrings [ "-" "." ] [ "_" "_" ] config.system.name}:-${build.toplevel}/kernel}"
+          "-kernel \${NIXPKGS_QEMU_KERNEL_${shellName}:-${build.toplevel}/kernel}"
           "-initrd ${build.toplevel}/initrd"
-          ''-append "$(cat ${build.toplevel}/kernel-params) init=${build.toplevel}/init regInfo=${closure}/registration ${consoles} $QEMU_KERNEL_PARAMS"''
+          ''-append "$(cat ${build.toplevel}/kernel-params) ${bootParams} ${consoles} $QEMU_KERNEL_PARAMS"''
         ]
         (mkIf (!cfg.graphics) [ "-nographic" ])
       ];
       drives = mkMerge [
-        [ { name = "root"; file = ''"$NIX_DISK_IMAGE"''; driveExtraOpts = { cache = "writeback"; werror = "report"; }; deviceExtraOpts = { bootindex = "1"; serial = "root"; }; } ]
-        (mkIf cfg.useNixStoreImage [ { name = "nix-store"; file = ''"$TMPDIR"/store.img''; driveExtraOpts.format = "raw"; deviceExtraOpts = { bootindex = "2"; serial = "nix-store"; }; } ])
-        (lib.imap0 (n: _: { file = "$(pwd)/empty${toString n}.qcow2"; driveExtraOpts.werror = "report"; }) cfg.emptyDiskImages)
+        [ {
+          name = "root";
+          file = ''"$NIX_DISK_IMAGE"'';
+          driveExtraOpts = { cache = "writeback"; werror = "report"; };
+          deviceExtraOpts = { bootindex = "1"; serial = "root"; };
+        } ]
+        (mkIf cfg.useNixStoreImage [ {
+          name = "nix-store";
+          file = ''"$TMPDIR"/store.img'';
+          driveExtraOpts.format = "raw";
+          deviceExtraOpts = { bootindex = "2"; serial = "nix-store"; };
+        } ])
+        (lib.imap0 (n: _: {
+          file = "$(pwd)/empty${toString n}.qcow2";
+          driveExtraOpts.werror = "report";
+        }) cfg.emptyDiskImages)
         # The stand-in's own: Debian's files, which become /usr.
-        (lib.mkAfter [ { name = "standin-base"; file = "${pkgs.standin.base.out}"; driveExtraOpts = { format = "raw"; readonly = "on"; }; deviceExtraOpts.serial = "standin-base"; } ])
+        (lib.mkAfter [ {
+          name = "standin-base";
+          file = "${pkgs.standin.base.out}";
+          driveExtraOpts = { format = "raw"; readonly = "on"; };
+          deviceExtraOpts.serial = "standin-base";
+        } ])
       ];
     };
 
@@ -178,14 +225,31 @@ in {
         device = tag;
         fsType = "9p";
         neededForBoot = true;
-        options = [ "trans=virtio" "version=9p2000.L" "msize=${toString cfg.msize}" ] ++ lib.optional (tag == "nix-store") "cache=loose";
+        options = [
+          "trans=virtio" "version=9p2000.L" "msize=${toString cfg.msize}"
+        ] ++ lib.optional (tag == "nix-store") "cache=loose";
       }) cfg.sharedDirectories)
       {
         "/" = { device = lib.mkDefault cfg.rootDevice; fsType = "ext4"; };
-        "/nix/.ro-store" = mkIf cfg.useNixStoreImage { device = "/dev/disk/by-id/virtio-nix-store"; fsType = "erofs"; neededForBoot = true; options = [ "ro" ]; };
-        "/nix/.rw-store" = mkIf (cfg.writableStore && cfg.writableStoreUseTmpfs) { device = "tmpfs"; fsType = "tmpfs"; neededForBoot = true; options = [ "mode=0755" ]; };
+        "/nix/.ro-store" = mkIf cfg.useNixStoreImage {
+          device = "/dev/disk/by-id/virtio-nix-store";
+          fsType = "erofs";
+          neededForBoot = true;
+          options = [ "ro" ];
+        };
+        "/nix/.rw-store" = mkIf (cfg.writableStore && cfg.writableStoreUseTmpfs) {
+          device = "tmpfs";
+          fsType = "tmpfs";
+          neededForBoot = true;
+          options = [ "mode=0755" ];
+        };
         "/nix/store" = if cfg.writableStore
-          then { device = "overlay"; fsType = "overlay"; neededForBoot = true; options = [ "lowerdir=/nix/.ro-store" "upperdir=/nix/.rw-store/upper" "workdir=/nix/.rw-store/work" ]; }
+          then {
+            device = "overlay";
+            fsType = "overlay";
+            neededForBoot = true;
+            options = [ "lowerdir=/nix/.ro-store" "upperdir=/nix/.rw-store/upper" "workdir=/nix/.rw-store/work" ];
+          }
           else { device = "/nix/.ro-store"; fsType = "none"; neededForBoot = true; options = [ "bind" ]; };
       }
     ];
