@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[ARGUMENTS] = config.workerinput["standin"]
         return
     config.stash[ARGUMENTS] = []
-    if option.collectonly or option.help or option.version:
+    if option.help or option.version:
         return
     if not option.nixvm_override_input:
         prepare = ROOT / "tests" / "standin" / "prepare"
