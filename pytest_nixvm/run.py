@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,8 @@ class Run:
         if self.is_worker or reporter is None or self.config.option.verbose < -1:
             return Silent()
         capture = self.config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled():
+        uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
+        with uncaptured():
             try:
                 # A duplicate, because the capture replaces descriptor 1 while a test runs.
                 number = os.dup(sys.stdout.fileno())
@@ -68,7 +70,7 @@ class Run:
                 stream = sys.stdout  # no descriptor: pytest runs inside another program
 
         def before() -> None:
-            with capture.global_and_fixture_disabled():
+            with uncaptured():
                 reporter.ensure_newline()
                 writer = self.config.get_terminal_writer()
                 if writer.width_of_current_line:  # the dots of -q
