@@ -49,6 +49,9 @@ FATAL = (
 _FATAL = tuple((re.compile(pattern, re.MULTILINE), meaning) for pattern, meaning in FATAL)
 _STAGES = tuple((re.compile(pattern, re.MULTILINE), name) for pattern, name in STAGES)
 
+SLICE = 5.0
+"""Seconds of one wait for the agent."""
+
 SETTLE_GRACE = 0.3
 """Seconds given to the console after a fatal line: the details come behind it."""
 
@@ -158,7 +161,7 @@ def wait_ready(
     try:
         step.update("waiting for the guest agent")
         try:
-            agent.wait_ready(deadline.remaining())
+            _wait_for_agent(agent, watch, deadline)
         except (ChannelError, MachineGoneError) as error:
             raise _failure(watch, console, deadline, "its guest agent answers", error) from error
         answered = deadline.elapsed
@@ -170,6 +173,18 @@ def wait_ready(
         raise _failure(watch, console, deadline, "its units settle", error, stage) from error
     finally:
         watch.close()
+
+
+def _wait_for_agent(agent: Agent, watch: Watch, deadline: Deadline) -> None:
+    """Wait in slices: a wake-up that comes just before a wait begins is lost to it."""
+    while True:
+        try:
+            agent.wait_ready(deadline.remaining(SLICE))
+        except AgentError as error:
+            if watch.trouble is not None or deadline.expired or error.error_class != "Timeout":
+                raise
+        else:
+            return
 
 
 class _Unsettled(AgentError):
