@@ -16,11 +16,11 @@ def test_room_to_work(vm):
 
 
 def test_git_commits(vm):
-    vm.succeed("git init --quiet /tmp/work")
-    vm.succeed("echo hello > /tmp/work/file && git -C /tmp/work add file")
-    vm.succeed("git -C /tmp/work -c user.name=a -c user.email=a@b commit --quiet -m first")
+    vm.succeed("git init --quiet /tmp/repo")
+    vm.succeed("echo hello > /tmp/repo/file && git -C /tmp/repo add file")
+    vm.succeed("git -C /tmp/repo -c user.name=a -c user.email=a@b commit --quiet -m first")
 
-    assert vm.succeed("git -C /tmp/work log --format=%s") == "first\n"
+    assert vm.succeed("git -C /tmp/repo log --format=%s") == "first\n"
 
 
 def test_vim_edits(vm):
