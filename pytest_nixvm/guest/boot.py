@@ -30,7 +30,7 @@ STAGES = (
     (r"NixOS Stage 2|Welcome to |systemd \d+.* running in system mode", "systemd (stage 2)"),
     (r"^\S+ login: ", "log-in prompt on the console"),
 )
-POWER_ON, AGENT, READY = "QEMU started", "guest agent answers", "units settled"
+POWER_ON, AGENT = "QEMU started", "guest agent answers"
 
 # What is printed by whoever gives up, with what it means. Sources: Linux' kernel/panic.c and
 # init/do_mounts.c, NixOS' stage-1-init.sh, systemd's sulogin-shell.c, SeaBIOS' boot.c, GRUB.

@@ -33,6 +33,13 @@ def test_keys_are_kept_outside_the_home(booted):
         vm.fail("test -s /root/.ssh/authorized_keys")
 
 
+def test_the_firewall_closes_the_port(booted):
+    with booted("machines", "walled-off") as vm:
+        with pytest.raises(SshError, match=r"(?s)something listens on port 22.*firewall"):
+            vm.ssh.run("true")
+        assert vm.succeed("echo still here") == "still here\n"
+
+
 def test_nobody_may_and_the_machine_works_all_the_same(booted):
     with booted("machines", "nobody") as vm:
         with pytest.raises(SshError, match="AllowUsers"):

@@ -34,6 +34,7 @@
         keys-elsewhere.services.openssh.authorizedKeysFiles = nixpkgs.lib.mkForce [
           "/etc/ssh/authorized_keys.d/%u"
         ];
+        walled-off.services.openssh.openFirewall = false;
         nobody.services.openssh.settings = {
           PermitRootLogin = "no";
           AllowUsers = [ "carol" ];
