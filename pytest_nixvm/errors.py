@@ -97,6 +97,33 @@ class BootError(MachineError):
         self.console_log = console_log
 
 
+class GuestFaultError(MachineError):
+    """Something in the guest ended what was under way; the VM is not to be trusted any more.
+
+    It ends every running call on the VM at once. A later test gets a fresh VM.
+    """
+
+    def again(self) -> GuestFaultError:
+        """Return a copy to raise: one error object must not be raised twice."""
+        return type(self)(str(self))
+
+
+class GuestPanicError(GuestFaultError):
+    """The guest's kernel panicked."""
+
+
+class EmergencyModeError(GuestFaultError):
+    """systemd, or the initrd, has given up and waits for a person at the console."""
+
+
+class OutOfMemoryError(GuestFaultError):
+    """The guest's kernel has killed what was being tested because memory ran out."""
+
+
+class GuestHungError(GuestFaultError):
+    """The guest does not answer any more, though QEMU runs it."""
+
+
 class ChannelError(MachineError):
     """A channel into the guest (agent, SSH, serial) can't be used; the message says why."""
 

@@ -189,7 +189,7 @@ class Fleet:
         key = _Shared(name, request.memory, request.cores, request.network, scope)
         with self._lock:
             machine = self._shared.get(key)
-            if machine is not None and machine.is_up:
+            if machine is not None and machine.is_up():
                 return machine
             if machine is not None:
                 self._discard(key)

@@ -23,13 +23,19 @@ from pytest_nixvm.guest.result import Command, CommandResult, display
 from pytest_nixvm.guest.serial import Serial
 from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
-from pytest_nixvm.guest.systemd import Systemd
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.qemu.launch import LaunchSpec, Qemu, launch
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.monitor import Monitor
 from pytest_nixvm.qemu.supervisor import Supervisor
-from pytest_nixvm.verbs import DEFAULT_TIMEOUT, Verbs
+from pytest_nixvm.transcript import Transcript
+from pytest_nixvm.verbs.commands import Commands
+from pytest_nixvm.verbs.files import Files
+from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
+from pytest_nixvm.verbs.network import Network
+from pytest_nixvm.verbs.screen import Screen
+from pytest_nixvm.verbs.units import Units
+from pytest_nixvm.verbs.waits import Waits
 from pytest_nixvm.wait import Deadline, timed_out
 
 __tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
@@ -41,7 +47,7 @@ _AS_USER = (
 )
 
 
-class Machine(Verbs):
+class Machine(Commands, Waits, Units, Screen, Network, Files):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult
@@ -74,10 +80,11 @@ class Machine(Verbs):
         self.spec = spec
         self.output = output
         self.boots: list[BootReport] = []
+        self.transcript = Transcript()
         self._supervisor = supervisor
         self._io = io
         self._keys = keys
-        self._progress = progress
+        self.progress = progress
         self._boot_timeout = boot_timeout
         self._lock = threading.RLock()
         self._qemu: Qemu | None = None
@@ -87,11 +94,10 @@ class Machine(Verbs):
         self._ssh: dict[str | None, Ssh] = {}
 
     def __repr__(self) -> str:
-        return f"<Machine {self.name} {'up' if self.is_up else 'down'}>"
+        return f"<Machine {self.name} {'up' if self.is_up() else 'down'}>"
 
     # --- power ---------------------------------------------------------------------------------
 
-    @property
     def is_up(self) -> bool:
         """Whether QEMU runs and the machine got ready."""
         return self._qemu is not None and self._qemu.alive and self._agent is not None
@@ -103,14 +109,14 @@ class Machine(Verbs):
         machine does not get ready within the boot timeout.
         """
         with self._lock:
-            if self.is_up:
+            if self.is_up():
                 return
             self.kill()
             if self.spec.console_log.exists():
                 # Each power-on has a log of its own: an old panic must not end a new boot.
                 log = self.output / f"console-{len(self.boots) + 1}.log"
                 self.spec = replace(self.spec, console_log=log)
-            step = self._progress.step(f"Booting {self.name}")
+            step = self.progress.step(f"Booting {self.name}")
             try:
                 deadline = Deadline(self._boot_timeout)
                 self._qemu = launch(
@@ -170,7 +176,7 @@ class Machine(Verbs):
             before = self._boot_id()
             mark, since = qemu.monitor.mark(), console.mark()
             self._close_ssh()
-            step = self._progress.step(f"Rebooting {self.name}")
+            step = self.progress.step(f"Rebooting {self.name}")
             try:
                 agent.shutdown("reboot")
                 qemu.monitor.wait_event("RESET", timeout=deadline.remaining(), since=mark)
@@ -230,6 +236,19 @@ class Machine(Verbs):
     # --- channels ------------------------------------------------------------------------------
 
     @property
+    def qemu(self) -> Qemu:
+        """The QEMU that runs. Raises `MachineGoneError`."""
+        return self._running()
+
+    @property
+    def console(self) -> Console:
+        """Everything that the serial console has shown since power-on."""
+        self._running()
+        if self._console is None:
+            raise MachineGoneError(f"{self.name} has not booted; vm.start() starts it.")
+        return self._console
+
+    @property
     def qmp(self) -> Monitor:
         """QEMU's monitor: `execute` commands, wait for events."""
         return self._running().monitor
@@ -245,11 +264,9 @@ class Machine(Verbs):
     @property
     def serial(self) -> Serial:
         """The serial console."""
-        self._running()
-        if self._console is None:
-            raise MachineGoneError(f"{self.name} has not booted; vm.start() starts it.")
+        console = self.console
         if self._serial is None:
-            self._serial = Serial(self._console)
+            self._serial = Serial(console)
         return self._serial
 
     @property
@@ -277,10 +294,6 @@ class Machine(Verbs):
                     directory=self.spec.sockets,
                 )
             return self._ssh[user]
-
-    def forward_port(self, guest_port: int) -> int:
-        """Forward a port of this host's loopback to the guest's TCP port; return the host's."""
-        return self._running().forward(guest_port)
 
     # --- commands ------------------------------------------------------------------------------
 
@@ -323,42 +336,6 @@ class Machine(Verbs):
             raise
         result = replace(result, command=command)
         return result.check() if check else result
-
-    # --- units ---------------------------------------------------------------------------------
-
-    def wait_for_unit(
-        self, unit: str, user: str | None = None, timeout: float = DEFAULT_TIMEOUT
-    ) -> None:
-        """Wait until a systemd unit is active (of `user`'s own manager, if given).
-
-        Raises `MachineError` at once when the unit can't become active by itself: it has failed,
-        does not exist, or nothing is under way that would start it; `WaitTimeoutError` after
-        `timeout` seconds. Both show the unit's status and the end of its journal.
-        """
-        self.systemd(user).wait_for_unit(unit, timeout)
-
-    def systemd(self, user: str | None = None) -> Systemd:
-        """Return the machine's systemd, or `user`'s own manager."""
-        return Systemd(
-            lambda argv, timeout: self.run(argv, timeout=timeout), where=self.name, user=user
-        )
-
-    def failed_units(self) -> tuple[str, ...]:
-        """Return the names of the units that have failed."""
-        return self.systemd().failed_units()
-
-    # --- screen --------------------------------------------------------------------------------
-
-    def screenshot(self, filename: str | Path) -> Path:
-        """Save the screen as PNG; a relative name is below the machine's output directory.
-
-        Raises `QmpError` if the machine has no display device.
-        """
-        path = self.output / filename
-        if path.suffix != ".png":
-            path = path.with_name(path.name + ".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return self._running().screenshot(path)
 
 
 def _summary(report: BootReport, spec: LaunchSpec) -> str:

@@ -30,7 +30,7 @@ def test_shutdown_then_start(vm):
     vm.succeed("echo kept > /var/kept-too && sync")
     vm.shutdown()
 
-    assert not vm.is_up
+    assert not vm.is_up()
     with pytest.raises(MachineGoneError, match=r"vm.start\(\)"):
         vm.run("true")
 
@@ -41,7 +41,7 @@ def test_shutdown_then_start(vm):
 def test_a_crash(vm):
     vm.crash()
 
-    assert not vm.is_up
+    assert not vm.is_up()
     with pytest.raises(MachineGoneError):
         vm.succeed("true")
 
@@ -55,4 +55,4 @@ def test_the_next_test_gets_a_machine_that_runs_and_qemu_s_end_ends_what_is_unde
         vm.run("sleep 600")
 
     assert time.monotonic() - began < 30
-    assert not vm.is_up
+    assert not vm.is_up()

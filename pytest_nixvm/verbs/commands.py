@@ -1,32 +1,19 @@
-"""The NixOS test driver's verbs for commands, with its meaning and signatures.
-
-https://nixos.org/manual/nixos/stable/#ssec-machine-objects. What differs: standard error is kept
-and shown, and every wait is bounded and says what it saw.
-"""
+"""Commands: execute, succeed, fail, and those that are repeated until they do."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from pytest_nixvm.errors import CommandFailedError, NixvmError, tail
 from pytest_nixvm.guest.result import CommandResult
+from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
 from pytest_nixvm.wait import Deadline, poll
 
 __tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
-DEFAULT_TIMEOUT = 900.0
-"""Seconds that the verbs wait, as in the NixOS test driver."""
 
-
-class Verbs(ABC):
-    """Commands for whatever can run one."""
-
-    name: str
-
-    @abstractmethod
-    def run(self, command: str, *, timeout: float = DEFAULT_TIMEOUT) -> CommandResult:
-        """Run a shell command and return its result, whatever its exit status."""
+class Commands(Guest):
+    """Commands in the NixOS test driver's way."""
 
     def execute(
         self,
