@@ -55,6 +55,13 @@ class NotAVirtualMachineError(FlakeError):
 class MachineError(NixvmError):
     """Something went wrong with a VM or with what runs in it."""
 
+    def again(self) -> MachineError:
+        """Return a copy to raise: one error object must not be raised in two places.
+
+        For the kinds that have nothing but a message.
+        """
+        return type(self)(str(self))
+
 
 class QemuError(MachineError):
     """QEMU did not start, refused something, or ended without being asked to."""
@@ -103,10 +110,6 @@ class GuestFaultError(MachineError):
     It ends every running call on the VM at once. A later test gets a fresh VM.
     """
 
-    def again(self) -> GuestFaultError:
-        """Return a copy to raise: one error object must not be raised twice."""
-        return type(self)(str(self))
-
 
 class GuestPanicError(GuestFaultError):
     """The guest's kernel panicked."""
@@ -118,6 +121,10 @@ class EmergencyModeError(GuestFaultError):
 
 class OutOfMemoryError(GuestFaultError):
     """The guest's kernel has killed what was being tested because memory ran out."""
+
+
+class GuestRebootError(MachineError):
+    """The guest was reset while a command ran, by something other than `vm.reboot()`."""
 
 
 class GuestHungError(GuestFaultError):

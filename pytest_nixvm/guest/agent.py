@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pytest_nixvm.errors import AgentError, MachineGoneError
+from pytest_nixvm.errors import AgentError, MachineError, MachineGoneError
 from pytest_nixvm.guest.agent_client import AgentClient
 from pytest_nixvm.guest.agent_exec import GuestProcess, Started
 from pytest_nixvm.guest.result import Command, CommandResult, display
@@ -64,6 +64,7 @@ class Agent:
         self._opening = asyncio.Lock()
         self._waits: set[asyncio.Task[None]] = set()
         self._shell: list[str] | None = None
+        self._fault: MachineError | None = None
 
     def connect(self, timeout: float = 10) -> None:
         """Connect to QEMU's socket. Says nothing about the guest: QEMU accepts before it runs."""
@@ -80,6 +81,22 @@ class Agent:
 
         self._io.call(hang_up)
 
+    def interrupt(self, error: MachineError) -> None:
+        """End every call that is under way, and every later one until `revive`, with `error`."""
+
+        def cut() -> None:
+            self._fault = error
+            for task in self._waits:
+                task.cancel()
+            if self._client is not None:
+                self._client.fail(error)
+
+        self._io.call(cut)
+
+    def revive(self) -> None:
+        """Take calls again after `interrupt`: the guest was started anew."""
+        self._fault = None
+
     # --- readiness ---------------------------------------------------------------------------
 
     def wait_ready(self, timeout: float) -> None:
@@ -93,6 +110,8 @@ class Agent:
             self._waits.add(task)
             try:
                 await asyncio.wait({task})
+                if self._fault is not None:
+                    raise self._fault.again()
                 if task.cancelled():
                     raise AgentError("The wait for the guest agent was given up.")
                 task.result()
@@ -341,8 +360,15 @@ class Agent:
     async def _call(
         self, command: str, arguments: Mapping[str, object] | None, timeout: float
     ) -> Any:
+        if self._fault is not None:
+            raise self._fault.again()
         client = await self._connected()
         return await client.call(command, arguments, timeout=timeout)
+
+    async def alive(self, timeout: float) -> None:
+        """`ping` for code on the I/O thread, not ended by `interrupt`."""
+        client = await self._connected()
+        await client.call("guest-ping", None, timeout=timeout)
 
     async def _exec(
         self,

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import AgentError, MachineGoneError
+from pytest_nixvm.errors import AgentError, MachineError, MachineGoneError
 
 LONGEST_LINE = 128 * 1024 * 1024
 """Bytes. The longest honest answer: twice 16 MiB of `guest-exec` output in base64, 43 MiB."""
@@ -110,12 +110,16 @@ class AgentClient(asyncio.Protocol):
             self._transport.abort()
         self._end()
 
+    def fail(self, error: MachineError) -> None:
+        """End the calls that are under way with `error`."""
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(error.again())
+
     def _end(self) -> None:
         self.closed = True
         self._can_write.set()
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(gone())
+        self.fail(gone())
 
     # --- asyncio.Protocol --------------------------------------------------------------------
 

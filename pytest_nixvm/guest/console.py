@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pytest_nixvm.errors import MachineGoneError, SerialError, tail
+from pytest_nixvm.errors import MachineError, MachineGoneError, SerialError, tail
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.wait import Deadline, timed_out
 
@@ -83,6 +83,7 @@ class Console(asyncio.Protocol):
         self._listeners: list[Callable[[], None]] = []
         self._taps: list[Callable[[bytes], None]] = []
         self._notice_due = False
+        self._fault: MachineError | None = None
 
     # --- connection -----------------------------------------------------------------------------
 
@@ -117,6 +118,22 @@ class Console(asyncio.Protocol):
             self.connection_lost(None)
 
         self._io.call(hang_up)
+
+    def interrupt(self, error: MachineError) -> None:
+        """End every `wait_for` that is under way, and every later one that finds nothing."""
+        with self._changed:
+            self._fault = error
+            self._changed.notify_all()
+        self._io.call(lambda: [tap(b"") for tap in tuple(self._taps)])
+
+    @property
+    def fault(self) -> MachineError | None:
+        """What `interrupt` was given."""
+        return self._fault
+
+    def revive(self) -> None:
+        """Wait again after `interrupt`: the guest was started anew."""
+        self._fault = None
 
     @property
     def closed(self) -> bool:
@@ -169,6 +186,8 @@ class Console(asyncio.Protocol):
                 found = search.step(self._text, self._end)
                 if found is not None:
                     return found
+                if self._fault is not None:
+                    raise self._fault.again()
                 if self._closed:
                     break
                 if deadline.expired:
@@ -180,7 +199,11 @@ class Console(asyncio.Protocol):
     def wait_beyond(self, offset: int, timeout: float) -> bool:
         """Wait until something was shown after `offset`; return whether it was."""
         with self._changed:
-            self._changed.wait_for(lambda: self._end > offset or self._closed, timeout)
+            self._changed.wait_for(
+                lambda: self._end > offset or self._closed or self._fault is not None, timeout
+            )
+            if self._end <= offset and self._fault is not None:
+                raise self._fault.again()
             return self._end > offset
 
     async def shown(self, pattern: str | re.Pattern[str], since: int = 0) -> re.Match[str]:
@@ -210,7 +233,7 @@ class Console(asyncio.Protocol):
         return lambda: _discard(self._listeners, callback)
 
     def tap(self, callback: Callable[[bytes], None]) -> Callable[[], None]:
-        """Call `callback` on the I/O thread with the raw bytes; with none at the end."""
+        """Call `callback` on the I/O thread with the raw bytes; with none at the end or a fault."""
         self._taps.append(callback)
         return lambda: _discard(self._taps, callback)
 

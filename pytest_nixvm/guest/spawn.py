@@ -55,6 +55,9 @@ class Spawn(_Base):
                     )
                 except queue.Empty:
                     raise pexpect.TIMEOUT("Timeout exceeded.") from None
+                if not self._rest and self._console.fault is not None:
+                    self._queue.put(b"")
+                    raise self._console.fault.again()
                 if not self._rest and self._console.closed:
                     self._queue.put(b"")  # the end stays the end
                     self.flag_eof = True

@@ -16,6 +16,7 @@ import paramiko
 from pytest_nixvm.errors import (
     AgentError,
     CommandTimeoutError,
+    MachineError,
     MachineGoneError,
     SshError,
     tail,
@@ -69,6 +70,7 @@ class Ssh:
         self._agent = agent
         self._client: paramiko.SSHClient | None = None
         self._lock = threading.Lock()
+        self._fault: MachineError | None = None
         # One session is kept free for killing what takes too long.
         self._sessions = threading.BoundedSemaphore(max(1, min(access.max_sessions, 10) - 1))
 
@@ -77,13 +79,32 @@ class Ssh:
     @property
     def client(self) -> paramiko.SSHClient:
         """The connected paramiko client. Raises `SshError` when there is no connection."""
-        with self._lock:
+        with self._guarded(), self._lock:
             return self._connected()
 
     def close(self) -> None:
         """Hang up. The next use logs in again."""
         with self._lock:
             self._drop()
+
+    def interrupt(self, error: MachineError) -> None:
+        """End every call that is under way, and every later one, with `error`."""
+        self._fault = error
+        client = self._client
+        if client is not None:
+            client.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Raise what `interrupt` was given instead of what came of it."""
+        if self._fault is not None:
+            raise self._fault.again()
+        try:
+            yield
+        except MachineError:
+            if self._fault is not None:
+                raise self._fault.again() from None
+            raise
 
     @property
     def command_line(self) -> str:
@@ -233,10 +254,21 @@ class Ssh:
         has been killed; `SshError` when there is no connection or it breaks (its text has what had
         arrived); `CommandFailedError` with `check` and an exit status other than 0.
         """
+        with self._guarded():
+            result = self._run(command, timeout, stdin, env or {})
+        return result.check() if check else result
+
+    def _run(
+        self,
+        command: Command,
+        timeout: float,
+        stdin: str | bytes | None,
+        env: Mapping[str, str],
+    ) -> CommandResult:
         began = time.monotonic()
         deadline = Deadline(timeout)
         mark = reap.new_mark()
-        line = remote_line(command, {**(env or {}), reap.MARK: mark})
+        line = remote_line(command, {**env, reap.MARK: mark})
         data = stdin.encode() if isinstance(stdin, str) else stdin
         with self._session(deadline) as channel:
             try:
@@ -258,8 +290,7 @@ class Ssh:
         if got.status is None:
             raise self._lost(command, got)
         duration = time.monotonic() - began
-        result = CommandResult(command, got.status, got.stdout, got.stderr, duration, channel="ssh")
-        return result.check() if check else result
+        return CommandResult(command, got.status, got.stdout, got.stderr, duration, channel="ssh")
 
     def _kill(self, mark: str) -> bool:
         """Kill what has `mark`, over a session of its own; return whether nothing is left."""
