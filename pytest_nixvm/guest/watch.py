@@ -98,6 +98,12 @@ class Watch:
         self._happened.set()
         self.wake()
 
+    def dismiss(self) -> None:
+        """Forget the trouble: it was none."""
+        with self._lock:
+            self.trouble = None
+        self._happened.clear()
+
     def pause(self, seconds: float) -> None:
         """Wait for trouble, at most `seconds`."""
         self._happened.wait(seconds)

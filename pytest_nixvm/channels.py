@@ -1,0 +1,126 @@
+"""What is open to one VM from its power-on to its end: the channels, and the watch over them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pytest_nixvm.errors import CommandTimeoutError, MachineError, NixvmError
+from pytest_nixvm.guest.agent import Agent
+from pytest_nixvm.guest.console import Console
+from pytest_nixvm.guest.health import Health
+from pytest_nixvm.guest.keys import KeyPair
+from pytest_nixvm.guest.result import Command, CommandResult, display
+from pytest_nixvm.guest.serial import Serial
+from pytest_nixvm.guest.ssh import Ssh
+from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
+from pytest_nixvm.qemu.loop import IoThread
+from pytest_nixvm.qemu.running import Qemu
+
+__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
+
+# runuser keeps root's environment, and with --login it would take no argv.
+_AS_USER = (
+    'USER=$1 LOGNAME=$1 HOME=$(getent passwd "$1" | cut -d: -f6); '
+    'export USER LOGNAME HOME; shift; exec "$@"'
+)
+
+
+class Channels:
+    """The channels of a running VM. `connect` first, then boot, then `watch`."""
+
+    def __init__(self, qemu: Qemu, io: IoThread, keys: KeyPair) -> None:
+        self.qemu = qemu
+        self.console = Console(io, qemu.console_socket, qemu.console_log)
+        self.agent = Agent(io, qemu.agent_socket)
+        self.serial = Serial(self.console)
+        self.health = Health(io, qemu, self.console, self.agent, self._interrupt)
+        self.booted = False
+        self._keys = keys
+        self._lock = threading.RLock()
+        self._ssh: dict[str | None, Ssh] = {}
+
+    def connect(self, timeout: float) -> None:
+        """Connect to QEMU's sockets, before the guest's first output."""
+        self.console.connect(timeout)
+
+    def watch(self) -> None:
+        """Begin to watch over the calls: the guest has booted."""
+        self.health.open()
+        self.booted = True
+
+    def close(self) -> None:
+        """Close all of it. Never raises."""
+        self.health.close()
+        self.hang_up()
+        self.agent.close()
+        self.console.close()
+
+    def hang_up(self) -> None:
+        """Close what does not survive a reboot."""
+        with self._lock:
+            for ssh in self._ssh.values():
+                ssh.close()
+            self._ssh.clear()
+
+    def revive(self) -> None:
+        """Take calls again: the guest is booting anew, on the same sockets."""
+        self.hang_up()
+        self.agent.revive()
+        self.console.revive()
+
+    def _interrupt(self, error: MachineError) -> None:
+        self.agent.interrupt(error)
+        self.console.interrupt(error)
+        for ssh in tuple(self._ssh.values()):
+            ssh.interrupt(error)
+
+    # --- SSH -----------------------------------------------------------------------------------
+
+    def ssh_as(self, user: str | None) -> Ssh:
+        """SSH as `user`; None is whoever may log in, root first. One connection for each user."""
+        with self._lock:
+            if user not in self._ssh:
+                found = access(self.agent, user=user)
+                if isinstance(found, SshRefusal):
+                    raise found.error(self.qemu.spec.name)
+                install_key(self.agent, found, self._keys.public_line)
+                self._ssh[user] = Ssh(
+                    agent=self.agent,
+                    access=found,
+                    keys=self._keys,
+                    port=self.qemu.forward(found.port),
+                    directory=self.qemu.spec.sockets,
+                )
+            return self._ssh[user]
+
+    # --- commands ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: Command,
+        *,
+        timeout: float,
+        stdin: bytes | None,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        user: str | None,
+    ) -> CommandResult:
+        """Run a command on the best channel there is. Raises as `Machine.run`."""
+        argv = self.agent.shell_argv(command) if isinstance(command, str) else list(command)
+        if cwd is not None:
+            argv = ["env", f"--chdir={cwd}", *argv]
+        if user is not None:
+            argv = ["runuser", "-u", user, "--", "/bin/sh", "-c", _AS_USER, "sh", user, *argv]
+        name = self.qemu.spec.name
+        try:
+            result = self.agent.exec(argv, stdin=stdin, env=env, timeout=timeout)
+        except CommandTimeoutError as error:
+            raise CommandTimeoutError(
+                f"`{display(command)}` did not end on {name} within {timeout:g} s.",
+                command=command,
+                stdout=error.stdout,
+                stderr=error.stderr,
+            ) from None
+        return replace(result, command=command)
