@@ -148,6 +148,10 @@ class SshError(ChannelError):
     """No SSH connection, or one that broke."""
 
 
+class ShellError(ChannelError):
+    """There is no shell on a virtio port, or it ended while it was running a command."""
+
+
 class SerialError(ChannelError):
     """The serial console is not what was expected (no prompt, log-in refused, closed)."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from pytest_nixvm.errors import QemuError, QmpError
 from pytest_nixvm.qemu.monitor import Monitor
 from pytest_nixvm.qemu.output import full_disk, quote, read_end
+from pytest_nixvm.qemu.ports import Ports
 from pytest_nixvm.qemu.spec import LaunchSpec
 from pytest_nixvm.qemu.supervisor import Process, describe_status
 from pytest_nixvm.wait import timed_out
@@ -38,7 +39,7 @@ class Qemu:
         self.monitor = monitor
         self.started_in = started_in  # seconds from the script's start to the first answer
         self.agent_socket = spec.agent_socket
-        self.shell_socket = spec.shell_socket
+        self.ports = Ports(monitor, spec.sockets)  # of shells in the guest
         self.console_socket = spec.console_socket
         self.console_log = spec.console_log
         self.pid = monitor.pid or process.pid

@@ -14,10 +14,10 @@ from typing import Literal
 
 from pytest_nixvm.errors import SettingsError
 from pytest_nixvm.qemu.accelerator import Accelerator
+from pytest_nixvm.qemu.ports import BUS, Pair
 from pytest_nixvm.qemu.supervisor import Supervisor
 
 AGENT_PORT = "org.qemu.guest_agent.0"
-SHELL_PORT = "org.pytest-nixvm.shell"
 
 # sockaddr_un.sun_path has 108 bytes, the last of them 0 (unix(7)).
 SOCKET_PATH_LIMIT = 107
@@ -127,9 +127,9 @@ class LaunchSpec:
         return self.sockets / "agent"
 
     @property
-    def shell_socket(self) -> Path:
-        """The host's end of the port that is free for a shell."""
-        return self.sockets / "shell"
+    def shell_ports(self) -> Pair:
+        """The ports that are free for a shell in the guest."""
+        return Pair.make(self.sockets, 0)
 
     @property
     def console_socket(self) -> Path:
@@ -146,8 +146,8 @@ class LaunchSpec:
         for path in (
             self.monitor_socket,
             self.agent_socket,
-            self.shell_socket,
             self.console_socket,
+            *(port.socket for port in self.shell_ports.both),
         ):
             check_socket_path(path)
         if "," in str(self.scratch):
@@ -190,12 +190,15 @@ def arguments(spec: LaunchSpec, script: str, guest: str) -> tuple[str, ...]:
         "-chardev", f"socket,id=nixvm-agent,path={_escape(spec.agent_socket)},server=on,wait=off",
         "-device", "virtserialport,bus=nixvm-ports.0,id=nixvm-agent-port,chardev=nixvm-agent,"
         f"name={AGENT_PORT}",
-        "-chardev", f"socket,id=nixvm-shell,path={_escape(spec.shell_socket)},server=on,wait=off",
-        "-device", "virtserialport,bus=nixvm-ports.0,id=nixvm-shell-port,chardev=nixvm-shell,"
-        f"name={SHELL_PORT}",
         # A panic stops the VM and is reported; powering off ends QEMU, a reboot does not.
         "-action", "panic=pause,reboot=reset,shutdown=poweroff",
     ]  # fmt: skip
+    for port in spec.shell_ports.both:
+        result += [
+            "-chardev", f"socket,id={port.chardev},path={_escape(port.socket)},server=on,wait=off",
+            "-device", f"virtserialport,bus={BUS},id={port.id},chardev={port.chardev},"
+            f"name={port.name}",
+        ]  # fmt: skip
     if not re.search(r"-device[\s=]+[\"']?pvpanic", script):
         result += ["-device", "pvpanic" if x86 else "pvpanic-pci"]
     if x86 and "vmgenid" not in script:

@@ -116,7 +116,7 @@ def test_it_comes_up_as_asked(start: Launch, tmp_path: Path) -> None:
     assert qemu.monitor.version >= (7, 0, 0)
     assert qemu.pid == qemu.process.pid
     assert option(qemu.argv, "-name") == ["tiny"]
-    for path in (qemu.agent_socket, qemu.shell_socket, qemu.console_socket):
+    for path in (qemu.agent_socket, qemu.ports.first.main.socket, qemu.console_socket):
         assert path.is_socket()
     qemu.kill()
     assert not running(qemu.pid)
@@ -135,7 +135,22 @@ def test_the_ports_are_there(start: Launch, tmp_path: Path) -> None:
     qemu = start(start_script(tmp_path))
     text = qemu.monitor.hmp("info qtree")
     assert 'name = "org.qemu.guest_agent.0"' in text
-    assert 'name = "org.pytest-nixvm.shell"' in text
+    assert 'name = "org.pytest-nixvm.shell.0"' in text
+    assert 'name = "org.pytest-nixvm.shell.0.err"' in text
+
+
+def test_ports_are_plugged_and_unplugged(start: Launch, tmp_path: Path) -> None:
+    qemu = start(start_script(tmp_path))
+    pair = qemu.ports.plug()
+    assert pair is not None
+    assert 'name = "org.pytest-nixvm.shell.1.err"' in qemu.monitor.hmp("info qtree")
+    assert pair.main.socket.is_socket()
+    assert not qemu.ports.is_open(pair)  # no guest has opened it
+    qemu.ports.unplug(pair)
+    assert "shell.1" not in qemu.monitor.hmp("info qtree")
+    assert not pair.main.socket.exists()
+    assert [qemu.ports.plug().number for _ in range(7)] == [1, 2, 3, 4, 5, 6, 7]
+    assert qemu.ports.plug() is None
 
 
 @pytest.mark.parametrize(
