@@ -92,6 +92,7 @@ class Channels:
                     keys=self._keys,
                     port=self.qemu.forward(found.port),
                     directory=self.qemu.spec.sockets,
+                    watched=self.health.call,
                 )
             return self._ssh[user]
 

@@ -127,7 +127,9 @@ class Machine(Power, Commands, Waits, Units, Screen, Network, Files):
 
     def ssh_as(self, user: str | None) -> Ssh:
         """SSH as `user`; None is whoever may log in, root first. One connection for each user."""
-        return self._opened().ssh_as(user)
+        on = self._opened()
+        with on.health.call():
+            return on.ssh_as(user)
 
     # --- commands ------------------------------------------------------------------------------
 

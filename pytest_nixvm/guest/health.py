@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from pytest_nixvm.errors import (
+    ChannelError,
     EmergencyModeError,
     GuestFaultError,
     GuestHungError,
@@ -40,6 +41,9 @@ HUNG_AFTER = 30.0
 
 GRACE = 0.3
 """Seconds given to the console after the first sign: the details come behind it."""
+
+LAG = 0.2
+"""Seconds between the end of a socket of QEMU's and the news of its own end."""
 
 TAIL = 20
 """Lines of the console in an error."""
@@ -133,11 +137,18 @@ class Health:
             self._calls += 1
         try:
             yield
-        except MachineError as error:
+        except (ChannelError, MachineGoneError):
+            # QEMU's sockets close a moment before its end is known.
+            with suppress(TimeoutError):
+                self._qemu.process.wait(LAG)
             if self.fault is not None:
                 raise self.fault.again() from None
-            if isinstance(error, MachineGoneError) and not self._qemu.alive:
+            if not self._qemu.alive:
                 raise self._gone() from None
+            raise
+        except MachineError:
+            if self.fault is not None:
+                raise self.fault.again() from None
             raise
         finally:
             with self._lock:

@@ -6,7 +6,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -60,6 +60,7 @@ class Ssh:
         directory: Path,
         agent: Agent | None = None,
         host: str = _LOOPBACK,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.user = access.user
         self.host = host
@@ -71,6 +72,7 @@ class Ssh:
         self._client: paramiko.SSHClient | None = None
         self._lock = threading.Lock()
         self._fault: MachineError | None = None
+        self._watched = watched  # around each call: raises what has become of the VM instead
         # One session is kept free for killing what takes too long.
         self._sessions = threading.BoundedSemaphore(max(1, min(access.max_sessions, 10) - 1))
 
@@ -99,12 +101,13 @@ class Ssh:
         """Raise what `interrupt` was given instead of what came of it."""
         if self._fault is not None:
             raise self._fault.again()
-        try:
-            yield
-        except MachineError:
-            if self._fault is not None:
-                raise self._fault.again() from None
-            raise
+        with self._watched():
+            try:
+                yield
+            except MachineError:
+                if self._fault is not None:
+                    raise self._fault.again() from None
+                raise
 
     @property
     def command_line(self) -> str:
