@@ -99,9 +99,10 @@ class Watch:
         self.wake()
 
     def dismiss(self) -> None:
-        """Forget the trouble: it was none."""
+        """Forget the trouble: it was none. What the console has shown is not read again."""
         with self._lock:
             self.trouble = None
+            self.since = self.console.mark()
         self._happened.clear()
 
     def pause(self, seconds: float) -> None:

@@ -1,0 +1,152 @@
+"""What ends a VM, or all calls to it, and how each call says so: at once, with a typed error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from pytest_nixvm.errors import (
+    EmergencyModeError,
+    GuestHungError,
+    GuestPanicError,
+    GuestRebootError,
+    MachineGoneError,
+    OutOfMemoryError,
+)
+from pytest_nixvm.guest import health
+
+
+@pytest.fixture(scope="module")
+def one(fleet_of):
+    """One VM for all of this module; `vm` starts it again when it is down."""
+    vm = fleet_of("example").start("dev-vm")
+    yield vm
+    vm.kill()
+
+
+@pytest.fixture
+def vm(one):
+    one.start()
+    return one
+
+
+def soon(what):
+    """Do it from another thread, when the call under test is under way."""
+    timer = threading.Timer(1.0, what)
+    timer.start()
+    return timer
+
+
+def crash(vm):
+    vm.agent.start("sync; echo c > /proc/sysrq-trigger")
+
+
+def test_a_panic_ends_the_running_command(vm):
+    soon(lambda: crash(vm))
+    began = time.monotonic()
+
+    with pytest.raises(
+        GuestPanicError, match=r"(?s)dev-vm: the kernel panicked: .*console"
+    ) as told:
+        vm.run("sleep 600")
+
+    assert time.monotonic() - began < 60
+    assert "sysrq triggered crash" in str(told.value)
+    # later calls say the same, without waiting; the screen can still be seen
+    with pytest.raises(GuestPanicError):
+        vm.wait_for_unit("sshd")
+    with pytest.raises(GuestPanicError):
+        vm.ssh.run("true")
+    assert not vm.is_up()
+    assert vm.screenshot("panic").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_panic_ends_what_runs_over_ssh(vm):
+    vm.ssh.run("true", check=True)
+    soon(lambda: crash(vm))
+
+    with pytest.raises(GuestPanicError):
+        vm.ssh.run("sleep 600", timeout=600)
+
+
+def test_a_panic_ends_a_wait_for_the_console(vm):
+    soon(lambda: crash(vm))
+
+    with pytest.raises(GuestPanicError):
+        vm.serial.wait_for("a text that never comes", timeout=600)
+
+
+def test_a_line_that_only_looks_like_a_panic_ends_nothing(vm):
+    result = vm.run("echo 'Kernel panic - not syncing: fake' > /dev/console; sleep 5; echo fine")
+
+    assert result.stdout == "fine\n"
+    assert vm.is_up()
+
+
+def test_emergency_mode(vm):
+    soon(lambda: vm.agent.start("sleep 1; systemctl isolate emergency.target"))
+
+    with pytest.raises(EmergencyModeError, match="emergency mode"):
+        vm.run("sleep 600")
+    assert not vm.is_up()
+
+
+def test_memory_that_runs_out(vm):
+    with pytest.raises(OutOfMemoryError, match=r"ran out of memory, and its kernel killed tail"):
+        vm.run("tail /dev/zero")
+    assert not vm.is_up()
+
+
+def test_memory_of_a_group_that_runs_out_is_the_command_s_own_affair(vm):
+    """A limit that the configuration sets is no fault of the machine."""
+    result = vm.run(
+        "systemd-run --wait -p MemoryMax=20M -p MemorySwapMax=0 tail /dev/zero", timeout=120
+    )
+
+    assert not result.ok
+    assert "oom-kill" in result.stderr
+    assert vm.is_up()
+
+
+def test_a_reboot_that_nobody_asked_us_for(vm):
+    before = len(vm.boots)
+
+    with pytest.raises(GuestRebootError, match="was reset while this ran"):
+        vm.run("systemctl reboot; sleep 600")
+
+    assert vm.succeed("cut -d. -f1 /proc/uptime").strip().isdigit()  # waits for the boot
+    assert len(vm.boots) == before + 1
+
+
+def test_qemu_s_death(vm):
+    vm.ssh.run("true", check=True)
+    pid = vm.qemu.pid
+    soon(lambda: os.kill(pid, signal.SIGKILL))
+
+    with pytest.raises(MachineGoneError, match=r"dev-vm ended while this ran: .*SIGKILL"):
+        vm.run("sleep 600")
+    with pytest.raises(MachineGoneError, match=r"vm\.start\(\) starts it"):
+        vm.run("true")
+
+
+def test_a_guest_that_hangs(vm, monkeypatch):
+    """A stopped QEMU is a guest that does nothing any more, whatever waits for it."""
+    monkeypatch.setattr(health, "HUNG_AFTER", 3.0)
+    pid = vm.qemu.pid
+    soon(lambda: os.kill(pid, signal.SIGSTOP))
+
+    with pytest.raises(GuestHungError, match="the guest hangs"):
+        vm.run("sleep 600")
+    assert not vm.is_up()
+
+
+def test_a_paused_machine_says_so(vm):
+    vm.pause()
+    with pytest.raises(Exception, match=r"is paused; vm\.resume\(\) lets it go on"):
+        vm.run("true")
+    vm.resume()
+    assert vm.run("true").ok
