@@ -149,7 +149,19 @@ class SshError(ChannelError):
 
 
 class ShellError(ChannelError):
-    """There is no shell on a virtio port, or it ended while it was running a command."""
+    """There is no shell on a virtio port, or it ended while it was running a command.
+
+    `stdout` and `stderr` are what that command had written.
+    """
+
+    def __init__(self, message: str, *, stdout: str = "", stderr: str = "") -> None:
+        text = message
+        for name, stream in (("stdout", stdout), ("stderr", stderr)):
+            if stream.strip():
+                text += f"\n{name}:\n" + _indent(tail(stream))
+        super().__init__(text)
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class SerialError(ChannelError):

@@ -1,0 +1,376 @@
+"""The fast channel: bash in the guest, on virtio ports, started through the guest agent.
+
+It needs neither network, nor sshd, nor room on a disk, and changes nothing in the configuration.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import BinaryIO
+
+from pytest_nixvm.errors import (
+    ChannelError,
+    CommandTimeoutError,
+    GuestFaultError,
+    MachineError,
+    MachineGoneError,
+    QemuError,
+    ShellError,
+)
+from pytest_nixvm.guest.agent import Agent
+from pytest_nixvm.guest.agent_exec import Started
+from pytest_nixvm.guest.result import Command, CommandResult, display
+from pytest_nixvm.guest.shell_script import Places, compose
+from pytest_nixvm.guest.shell_slot import START_TIMEOUT, Slot, Starting, State
+from pytest_nixvm.guest.shell_stream import ShellGoneError
+from pytest_nixvm.qemu.monitor import Event, Monitor
+from pytest_nixvm.qemu.ports import Pair, Ports
+from pytest_nixvm.wait import Deadline
+
+_KILL_TIMEOUT = 20.0
+_HELP_TIMEOUT = 10.0
+
+
+class Shell:
+    r"""The shells of one VM. May be used from several threads at once.
+
+        shell = Shell(qemu.monitor, qemu.ports, agent)
+        shell.run("hostname").stdout
+        shell.run(["cat"], stdin=b"binary \0 too").stdout_bytes
+        with open("big", "rb") as source:
+            shell.run("cat >/big", stdin=source)        # of any size, in bounded memory
+        shell.close()
+
+    Each command has a shell to itself. The first shell is on ports that are always there; when all
+    are busy another pair of ports is plugged in, `qemu.ports.MOST` at most. All times are in
+    seconds. Every method raises `MachineGoneError` when QEMU has ended, and after `interrupt` what
+    that was given.
+    """
+
+    def __init__(
+        self, monitor: Monitor, ports: Ports, agent: Agent, places: Places | None = None
+    ) -> None:
+        self._ports = ports
+        self._agent = agent
+        self._places = places or Places()
+        self._changed = threading.Condition()
+        self._fault: MachineError | None = None
+        self._closed = False
+        first = self._slot(ports.first)
+        self._slots = [first]
+        self._idle = [first]
+        self._plugging = 0
+        self._stop_listening = monitor.on_event(self._on_event)
+
+    def _slot(self, pair: Pair) -> Slot:
+        return Slot(pair, self._launch, self._ports.is_open, self._places)
+
+    # --- commands ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        command: Command,
+        *,
+        stdin: str | bytes | BinaryIO | None = None,
+        stdout: BinaryIO | None = None,
+        stderr: BinaryIO | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        timeout: float = 900.0,
+        check: bool = False,
+    ) -> CommandResult:
+        """Run a command as root (or `user`) and wait for its end.
+
+        A string is run by bash in a subshell, in the environment of a log-in; a sequence is an
+        argv that no shell interprets. `env` is added to the environment, `cwd` is the directory
+        (/ if it is not given; 125 is the exit status if it can't be entered). `stdin` may be a
+        binary file that is read as it is needed; `stdout` and `stderr` are binary files that get
+        the output as it comes, which the result then does not have.
+
+        The command's end counts, not that of its output: a process that it leaves in the
+        background lives on, and what that writes later than a tenth of a second after the
+        command's end is dropped.
+
+        After `timeout` seconds the command is killed with its children, also those in the
+        background, and `CommandTimeoutError` raised. What earlier commands have left is spared.
+        The time that it takes to start a shell does not count.
+
+        Raises `ShellError` if there is no shell to be had (no bash in the guest, say), or if the
+        shell was ended while it ran the command; `AgentError` if the agent can't start one; with
+        `check` `CommandFailedError` for an exit status other than 0.
+        """
+        began = time.monotonic()
+        text = partial(_compose, command, env, cwd, user)
+        text(None)  # a mistake of the caller's is found before anything is begun
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        out, err = _Collected(stdout), _Collected(stderr)
+        slot, deadline = self._take(command, timeout)
+        try:
+            if slot.state is not State.READY:
+                start = time.monotonic()
+                slot.start(START_TIMEOUT)
+                deadline = Deadline(deadline.remaining() + time.monotonic() - start)
+            try:
+                status = slot.run(text, data, out.write, err.write, deadline)
+            except TimeoutError:
+                how = self._end(slot, out, err)
+                raise CommandTimeoutError(
+                    f"`{display(command)}` did not end within {timeout:g} s. {how}",
+                    command=command,
+                    stdout=out.text,
+                    stderr=err.text,
+                ) from None
+            except ShellGoneError:
+                self._end(slot, out, err)
+                raise ShellError(
+                    f"The shell that ran `{display(command)}` was ended before the command was. "
+                    "The next command gets a new one.",
+                    stdout=out.text,
+                    stderr=err.text,
+                ) from None
+            except (GuestFaultError, MachineGoneError):
+                raise
+            except BaseException:
+                # Interrupted by a person, or a sink that takes no more: the command must not go
+                # on behind our back.
+                self._end(slot, out, err)
+                raise
+        finally:
+            self._give_back(slot)
+        result = CommandResult(
+            command, status, out.bytes, err.bytes, time.monotonic() - began, channel="shell"
+        )
+        return result.check() if check else result
+
+    def prepare(self) -> None:
+        """Start the first shell, so that the first command need not wait for it."""
+        slot, _ = self._take("", START_TIMEOUT)
+        try:
+            if slot.state is not State.READY:
+                slot.start(START_TIMEOUT)
+        finally:
+            self._give_back(slot)
+
+    def _end(self, slot: Slot, out: _Collected, err: _Collected) -> str:
+        """Kill what runs in the slot by starting it anew; say how that went."""
+        out.patient = err.patient = True
+        try:
+            slot.start(_KILL_TIMEOUT, out.write, err.write)
+        except (ChannelError, QemuError) as error:
+            return f"It can't be killed: {error}"
+        return "It was killed with all that it had started."
+
+    # --- slots -------------------------------------------------------------------------------
+
+    def _take(self, command: Command, timeout: float) -> tuple[Slot, Deadline]:
+        """Return a slot for a command, and the command's deadline."""
+        deadline = Deadline(timeout)
+        with self._changed:
+            while True:
+                self._raise_fault()
+                if self._idle:
+                    self._idle.sort(key=lambda slot: (slot.state is not State.READY, slot.number))
+                    return self._idle.pop(0), deadline
+                if not self._plugging:
+                    self._plugging += 1
+                    break
+                self._changed.wait(deadline.remaining(1.0))
+        try:
+            pair = self._ports.plug()
+        finally:
+            with self._changed:
+                self._plugging -= 1
+                self._changed.notify_all()
+        with self._changed:
+            if pair is not None:
+                slot = self._slot(pair)
+                slot.stream.fail(self._fault)
+                self._slots.append(slot)
+                return slot, deadline
+            while not self._idle:
+                self._raise_fault()
+                if deadline.expired:
+                    raise CommandTimeoutError(
+                        f"`{display(command)}` could not begin within {timeout:g} s: all "
+                        f"{len(self._slots)} shells of the VM were busy.",
+                        command=command,
+                    )
+                self._changed.wait(deadline.remaining())
+            self._raise_fault()
+            return self._idle.pop(0), deadline
+
+    def _give_back(self, slot: Slot) -> None:
+        with self._changed:
+            self._idle.append(slot)
+            self._changed.notify_all()
+
+    def _raise_fault(self) -> None:
+        if self._closed:
+            raise MachineGoneError("The shell is closed: the VM was ended by the tests.")
+        if self._fault is not None:
+            raise self._fault.again()
+
+    # --- starting ----------------------------------------------------------------------------
+
+    def _launch(self, text: str) -> Starting:
+        """Run a starter: with another shell that is idle, else with the agent."""
+        with self._changed:
+            ready = [slot for slot in self._idle if slot.state is State.READY]
+            helper = ready[-1] if ready else None
+            if helper is not None:
+                self._idle.remove(helper)
+        if helper is not None:
+            out, err = _Collected(None), _Collected(None)
+            run = partial(_compose, ["bash", "-c", text], None, None, None)
+            try:
+                status = helper.run(run, None, out.write, err.write, Deadline(_HELP_TIMEOUT))
+                return _Ended("" if status == 0 else err.text or f"exit status {status}")
+            except (TimeoutError, ShellGoneError):
+                pass  # it may be stale without knowing, after a reset: the agent knows better
+            finally:
+                self._give_back(helper)
+        bash = self._agent.shell_argv("")[0]
+        if not bash.endswith("/bash"):
+            raise ShellError("The guest has no bash, so there is no shell on its virtio ports.")
+        return _ByAgent(self._agent.start([bash, "-c", text]))
+
+    def _on_event(self, event: Event) -> None:
+        # It comes late, or not at all after a reset: whoever is woken looks for himself.
+        if event.name == "VSERPORT_CHANGE" and not event.data.get("open"):
+            for slot in list(self._slots):
+                if event.data.get("id") in [port.id for port in slot.pair.both]:
+                    slot.stream.wake()
+
+    # --- the guest's ends --------------------------------------------------------------------
+
+    def interrupt(self, error: MachineError) -> None:
+        """End every command that is under way, and every later one until `revive`, with `error`."""
+        self._set_fault(error)
+
+    def revive(self) -> None:
+        """Take commands again after `interrupt`: the guest was started anew."""
+        self.forget()
+        self._set_fault(None)
+
+    def _set_fault(self, error: MachineError | None) -> None:
+        with self._changed:
+            self._fault = error
+            for slot in self._slots:
+                slot.stream.fail(error)
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Take no shell for alive any more: the guest was reset or has rebooted.
+
+        The next commands start new ones on the same ports.
+        """
+        with self._changed:
+            for slot in self._idle:
+                slot.state = State.STALE
+
+    def unplug(self, timeout: float = 30.0) -> None:
+        """Take away all ports that are not on QEMU's command line, with their shells.
+
+        Waits for commands that run on them. Raises `ShellError` after `timeout` seconds.
+        """
+        deadline = Deadline(timeout)
+        with self._changed:
+            while True:
+                added = [slot for slot in self._slots if slot.number > 0]
+                idle = [slot for slot in added if slot in self._idle]
+                if not self._plugging and len(idle) == len(added):
+                    break
+                if deadline.expired:
+                    raise ShellError(
+                        f"{len(added) - len(idle)} commands still ran on ports that were to be "
+                        f"unplugged after {timeout:g} s."
+                    )
+                self._changed.wait(deadline.remaining())
+            for slot in added:
+                self._slots.remove(slot)
+                self._idle.remove(slot)
+        for slot in added:
+            # An end of file for the shell: it ends, and the relays behind it.
+            slot.stream.dispose()
+            while self._ports.is_open(slot.pair) and not deadline.expired:
+                time.sleep(0.005)
+            self._ports.unplug(slot.pair)
+
+    def close(self) -> None:
+        """Hang up; commands that are under way end with `MachineGoneError`. May be called twice."""
+        self._stop_listening()
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            gone = MachineGoneError("The shell was closed: the VM was ended by the tests.")
+            for slot in self._slots:
+                slot.stream.fail(gone)
+                if slot in self._idle:
+                    slot.stream.dispose()
+            self._changed.notify_all()
+
+
+@dataclass
+class _Collected:
+    """What a command writes: kept, or handed on to a file."""
+
+    file: BinaryIO | None
+    patient: bool = False  # whether a file that takes no more is no matter any more
+    parts: list[bytes] = field(default_factory=list)
+
+    def write(self, data: bytes) -> None:
+        if self.file is None:
+            self.parts.append(data)
+        elif self.patient:
+            with suppress(Exception):
+                self.file.write(data)
+        else:
+            self.file.write(data)
+
+    @property
+    def bytes(self) -> bytes:
+        return b"".join(self.parts)
+
+    @property
+    def text(self) -> str:
+        return self.bytes.decode("utf-8", "replace")
+
+
+@dataclass
+class _Ended:
+    """A starter that has ended."""
+
+    trouble: str
+
+    def poll(self) -> str | None:
+        return self.trouble or None
+
+
+@dataclass
+class _ByAgent:
+    """A starter that the agent runs."""
+
+    started: Started
+
+    def poll(self) -> str | None:
+        result = self.started.poll(5)
+        if result is None or result.ok:
+            return None
+        return result.stderr or f"exit status {result.returncode}"
+
+
+def _compose(
+    command: Command,
+    env: Mapping[str, str] | None,
+    cwd: str | None,
+    user: str | None,
+    mark: str | None,
+) -> bytes:
+    return compose(command, env=env, cwd=cwd, user=user, mark=mark)
