@@ -34,6 +34,7 @@ from pytest_nixvm.wait import Deadline
 
 _KILL_TIMEOUT = 20.0
 _HELP_TIMEOUT = 10.0
+_GRACE = 1.0
 
 
 class Shell:
@@ -64,7 +65,8 @@ class Shell:
         first = self._slot(ports.first)
         self._slots = [first]
         self._idle = [first]
-        self._plugging = 0
+        self._starting = False
+        self._full = False
         self._stop_listening = monitor.on_event(self._on_event)
 
     def _slot(self, pair: Pair) -> Slot:
@@ -94,7 +96,7 @@ class Shell:
         the output as it comes, which the result then does not have.
 
         The command's end counts, not that of its output: a process that it leaves in the
-        background lives on, and what that writes later than a tenth of a second after the
+        background lives on, and what that writes later than a quarter of a second after the
         command's end is dropped.
 
         After `timeout` seconds the command is killed with its children, also those in the
@@ -112,10 +114,6 @@ class Shell:
         out, err = _Collected(stdout), _Collected(stderr)
         slot, deadline = self._take(command, timeout)
         try:
-            if slot.state is not State.READY:
-                start = time.monotonic()
-                slot.start(START_TIMEOUT)
-                deadline = Deadline(deadline.remaining() + time.monotonic() - start)
             try:
                 status = slot.run(text, data, out.write, err.write, deadline)
             except TimeoutError:
@@ -151,11 +149,7 @@ class Shell:
     def prepare(self) -> None:
         """Start the first shell, so that the first command need not wait for it."""
         slot, _ = self._take("", START_TIMEOUT)
-        try:
-            if slot.state is not State.READY:
-                slot.start(START_TIMEOUT)
-        finally:
-            self._give_back(slot)
+        self._give_back(slot)
 
     def _end(self, slot: Slot, out: _Collected, err: _Collected) -> str:
         """Kill what runs in the slot by starting it anew; say how that went."""
@@ -169,41 +163,58 @@ class Shell:
     # --- slots -------------------------------------------------------------------------------
 
     def _take(self, command: Command, timeout: float) -> tuple[Slot, Deadline]:
-        """Return a slot for a command, and the command's deadline."""
-        deadline = Deadline(timeout)
+        """Return a slot with a shell that waits for a command, and the command's deadline.
+
+        Only one shell is started at a time: a slow guest that has to start eight of them is of no
+        use to anybody meanwhile, and a command may well end before that.
+        """
+        waited = 0.0
         with self._changed:
             while True:
                 self._raise_fault()
-                if self._idle:
-                    self._idle.sort(key=lambda slot: (slot.state is not State.READY, slot.number))
-                    return self._idle.pop(0), deadline
-                if not self._plugging:
-                    self._plugging += 1
+                ready = [slot for slot in self._idle if slot.state is State.READY]
+                if ready:
+                    slot = min(ready, key=lambda slot: slot.number)
+                    self._idle.remove(slot)
+                    return slot, Deadline(timeout - waited)
+                if not self._starting and (self._idle or not self._full):
+                    self._starting = True
+                    stale = self._idle.pop(0) if self._idle else None
                     break
-                self._changed.wait(deadline.remaining(1.0))
-        try:
-            pair = self._ports.plug()
-        finally:
-            with self._changed:
-                self._plugging -= 1
-                self._changed.notify_all()
-        with self._changed:
-            if pair is not None:
-                slot = self._slot(pair)
-                slot.stream.fail(self._fault)
-                self._slots.append(slot)
-                return slot, deadline
-            while not self._idle:
-                self._raise_fault()
-                if deadline.expired:
+                if waited >= timeout:
                     raise CommandTimeoutError(
                         f"`{display(command)}` could not begin within {timeout:g} s: all "
                         f"{len(self._slots)} shells of the VM were busy.",
                         command=command,
                     )
-                self._changed.wait(deadline.remaining())
-            self._raise_fault()
-            return self._idle.pop(0), deadline
+                began = time.monotonic()
+                self._changed.wait(None if self._starting else timeout - waited)
+                waited += 0.0 if self._starting else time.monotonic() - began
+        try:
+            new = stale or self._grow()
+            if new is not None:
+                try:
+                    new.start(START_TIMEOUT)
+                except BaseException:
+                    self._give_back(new)
+                    raise
+        finally:
+            with self._changed:
+                self._starting = False
+                self._changed.notify_all()
+        return (new, Deadline(timeout - waited)) if new else self._take(command, timeout)
+
+    def _grow(self) -> Slot | None:
+        """Return another slot, or None if there are as many as there may be."""
+        pair = self._ports.plug()
+        with self._changed:
+            if pair is None:
+                self._full = True
+                return None
+            slot = self._slot(pair)
+            slot.stream.fail(self._fault)
+            self._slots.append(slot)
+            return slot
 
     def _give_back(self, slot: Slot) -> None:
         with self._changed:
@@ -284,7 +295,7 @@ class Shell:
             while True:
                 added = [slot for slot in self._slots if slot.number > 0]
                 idle = [slot for slot in added if slot in self._idle]
-                if not self._plugging and len(idle) == len(added):
+                if not self._starting and len(idle) == len(added):
                     break
                 if deadline.expired:
                     raise ShellError(
@@ -295,10 +306,14 @@ class Shell:
             for slot in added:
                 self._slots.remove(slot)
                 self._idle.remove(slot)
+            self._full = False
         for slot in added:
-            # An end of file for the shell: it ends, and the relays behind it.
+            # An end of file for the shell: it ends, and the relays behind it. Those that have
+            # something to say to nobody end when the port is gone.
             slot.stream.dispose()
-            while self._ports.is_open(slot.pair) and not deadline.expired:
+        grace = Deadline(_GRACE)
+        for slot in added:
+            while self._ports.is_open(slot.pair) and not grace.expired:
                 time.sleep(0.005)
             self._ports.unplug(slot.pair)
 

@@ -98,7 +98,7 @@ if [[ $own ]]; then echo $$ >"$own/cgroup.procs"; fi
 session=setsid
 type -P setsid >/dev/null || session=
 $session "$BASH" --noprofile --norc -c "$loop" bash \
-  "$out" "$err" "$nonce" "$own" "$base" "$slot" "$places" "$dirty" \
+  "$out" "$err" "$nonce" "$own" "$base" "$slot" "$places" "$dirty" "$definitions" \
   </dev/null >/dev/null 2>&1 {never}>&- &
 """
 
@@ -108,10 +108,11 @@ _CLOSE = (
     "{__nixvm_never}>&- {__nixvm_environment}>&-"
 )
 
-LOOP = r"""
+_DEFINITIONS = r"""
 __nixvm_nonce=$3 __nixvm_own=$4 __nixvm_base=$5 __nixvm_slot=$6 __nixvm_places=$7 __nixvm_dirty=$8
 __nixvm_port=250 __nixvm_error=250 __nixvm_out=250 __nixvm_err=250 __nixvm_environment=250
 cd /
+unset OLDPWD
 exec {__nixvm_never}<> <(:)
 __nixvm_pause() { read -rt "$1" -u "$__nixvm_never"; }
 
@@ -181,15 +182,15 @@ __nixvm_rotate() {
   __nixvm_relays
 }
 
-# What a command has left gets a tenth of a second to end by itself, as `>(tee log)` does.
+# What a command has left gets a quarter of a second to end by itself, as `>(tee log)` does.
 __nixvm_look() {
   local look pid
   __nixvm_left=0
   [[ $__nixvm_own ]] || return
-  for ((look = 0; look < 30; look++)); do
+  for ((look = 0; look < 45; look++)); do
     mapfile -t __nixvm_pids <"$__nixvm_own/cgroup.procs"
     ((${#__nixvm_pids[@]} <= 1)) && return
-    if ((look < 10)); then
+    if ((look < 25)); then
       __nixvm_pause 0.01
       continue
     fi
@@ -208,8 +209,23 @@ __nixvm_feed() {
   done
 }
 
+# The end of a command with input: tell that the rest of it is not wanted, and swallow that.
+__nixvm_fed() {
+  printf '\0%s input\n' "$__nixvm_nonce" >&"$__nixvm_out"
+  PATH=$__nixvm_places cat >/dev/null
+  return "$1"
+}
+
+__nixvm_fresh() {
+  [[ ! -e /etc/set-environment || /etc/set-environment -ef /dev/fd/$__nixvm_environment ]]
+}
+
+__nixvm_ready() {
+  printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_out"
+  printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_err"
+}
+
 __nixvm_open "$1" "$2"
-set --
 __nixvm_relays
 __nixvm_login
 __nixvm_line=mark
@@ -223,45 +239,40 @@ else
     :
   done
 fi
-printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_out"
-printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_err"
+__nixvm_ready
+""".replace("@CLOSE@", _CLOSE)
 
+# On one line, so that what is wrong in a command is said to be in its line 1 and not in 137.
+_COMMAND = r"""
+( if [[ $__nixvm_locale ]]; then LC_ALL=$__nixvm_locale; else unset LC_ALL; fi;
+eval "$__nixvm_script" ) >&"$__nixvm_out" 2>&"$__nixvm_err" @CLOSE@
+"""
+LOOP = (
+    r"""
+eval "$9"; set --;
 while IFS=' ' read -r -u "$__nixvm_port" __nixvm_kind __nixvm_length __nixvm_nonce; do
-  if [[ $__nixvm_kind == rotate ]]; then
-    __nixvm_rotate
-    printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_out"
-    printf '\0%s ready\n' "$__nixvm_nonce" >&"$__nixvm_err"
-    continue
-  fi
-  IFS= read -r -N "$__nixvm_length" -u "$__nixvm_port" __nixvm_script || break
-  if [[ -e /etc/set-environment && ! /etc/set-environment -ef /dev/fd/$__nixvm_environment ]]; then
-    __nixvm_login
-  fi
+  case $__nixvm_kind in
+    rotate) __nixvm_rotate; __nixvm_ready; continue;;
+  esac;
+  IFS= read -r -N "$__nixvm_length" -u "$__nixvm_port" __nixvm_script || break;
+  __nixvm_fresh || __nixvm_login;
   if [[ $__nixvm_kind == run ]]; then
-    (
-      if [[ $__nixvm_locale ]]; then LC_ALL=$__nixvm_locale; else unset LC_ALL; fi
-      LINENO=0
-      eval "$__nixvm_script"
-    ) >&"$__nixvm_out" 2>&"$__nixvm_err" </dev/null @CLOSE@
+    @COMMAND@ </dev/null;
   else
     __nixvm_feed | {
-      (
-        if [[ $__nixvm_locale ]]; then LC_ALL=$__nixvm_locale; else unset LC_ALL; fi
-        LINENO=0
-        eval "$__nixvm_script"
-      ) >&"$__nixvm_out" 2>&"$__nixvm_err" @CLOSE@
-      __nixvm_status=$?
-      printf '\0%s input\n' "$__nixvm_nonce" >&"$__nixvm_out"
-      PATH=$__nixvm_places cat >/dev/null
-      exit "$__nixvm_status"
-    }
-  fi
-  __nixvm_status=$?
-  __nixvm_look
-  printf '\0%s end %d %d\n' "$__nixvm_nonce" "$__nixvm_status" "$__nixvm_left" >&"$__nixvm_out"
-  printf '\0%s end %d %d\n' "$__nixvm_nonce" "$__nixvm_status" "$__nixvm_left" >&"$__nixvm_err"
+      @COMMAND@;
+      __nixvm_fed "$?"; };
+  fi;
+  __nixvm_status=$?;
+  __nixvm_look;
+  printf '\0%s end %d %d\n' "$__nixvm_nonce" "$__nixvm_status" "$__nixvm_left" >&"$__nixvm_out";
+  printf '\0%s end %d %d\n' "$__nixvm_nonce" "$__nixvm_status" "$__nixvm_left" >&"$__nixvm_err";
 done
-""".replace("@CLOSE@", _CLOSE)
+""".replace("@COMMAND@", _COMMAND.strip())
+    .replace("@CLOSE@", _CLOSE)
+    .strip()
+    .replace("\n", " ")
+)
 
 
 def starter(
@@ -288,6 +299,7 @@ def starter(
         "nonce": nonce,
         "places": reap.PATH,
         "dirty": "1" if dirty else "",
+        "definitions": _DEFINITIONS,
         "loop": LOOP,
         **vars(places),
     }
@@ -329,47 +341,44 @@ def compose(
     env = dict(env or {})
     if mark is not None:
         env[reap.MARK] = mark
-    lines = []
+    first = []
     if not isinstance(command, str):
-        lines.append(f"PATH=$PATH:{reap.PATH}")
+        first.append(f"PATH=$PATH:{reap.PATH}")
     plain = {name: value for name, value in env.items() if _exportable(name)}
     strange = [f"{name}={value}" for name, value in env.items() if not _exportable(name)]
     if plain:
-        lines.append(
+        first.append(
             "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in plain.items())
         )
     if cwd is not None:
-        lines.append(f"CDPATH= cd -- {shlex.quote(cwd)} >/dev/null || exit {NOT_STARTED}")
-    if isinstance(command, str):
-        if strange:
-            lines.append(f'exec env -- {shlex.join(strange)} "$BASH" -c {shlex.quote(command)}')
-        else:
-            lines.append(command)
-    else:
+        first.append(f"CDPATH= cd -- {shlex.quote(cwd)} >/dev/null || exit {NOT_STARTED}")
+    if not isinstance(command, str):
         words = ["env", "--", *strange, *command] if strange else list(command)
-        lines.append(f"exec -- {shlex.join(words)}")
+        first.append(f"exec -- {shlex.join(words)}")
+    elif strange:
+        first.append(f'exec env -- {shlex.join(strange)} "$BASH" -c {shlex.quote(command)}')
+    else:
+        first.append(command)
+    # All of it before the command on one line: an error's line number is the command's own.
+    text = "; ".join(first)
     if user is not None:
-        if isinstance(command, str):
-            lines.insert(0, _LOGIN)
-        lines = _as_user(user, lines)
-    text = "\n".join(lines) + "\n"
+        text = _as_user(user, f"{_LOGIN}; {text}" if isinstance(command, str) else text)
     if "\0" in text:
         raise ValueError("a command, its environment and its directory can't hold a NUL character")
-    return text.encode("utf-8", "surrogateescape")
+    return f"{text}\n".encode("utf-8", "surrogateescape")
 
 
 def _exportable(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and name not in _READONLY
 
 
-def _as_user(user: str, lines: list[str]) -> list[str]:
-    # runuser keeps root's environment, and with --login it would take no argv. Without a
+def _as_user(user: str, text: str) -> str:
+    # runuser keeps root's environment, and with --login it would take no argv. Without the
     # chmod the user could not open /dev/stdout, which is root's pipe.
     name = shlex.quote(user)
     home = f"~{user}" if _USER.fullmatch(user) else f'"$(getent passwd {name} | cut -d: -f6)"'
-    inner = "\n".join([f"export USER={name} LOGNAME={name} HOME={home}", *lines])
-    return [
-        f"PATH=$PATH:{reap.PATH}",
-        "chmod a+w /proc/self/fd/1 /proc/self/fd/2",
-        f'exec runuser -u {name} -- "$BASH" -c {shlex.quote(inner)}',
-    ]
+    inner = f"export USER={name} LOGNAME={name} HOME={home}; {text}"
+    return (
+        f"PATH=$PATH:{reap.PATH}; chmod a+w /proc/self/fd/1 /proc/self/fd/2; "
+        f'exec runuser -u {name} -- "$BASH" -c {shlex.quote(inner)}'
+    )
