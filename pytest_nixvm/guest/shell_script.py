@@ -78,6 +78,7 @@ else
   export PYTEST_NIXVM_COMMAND=$nonce
 fi
 
+# A port has its device before it has its name.
 out= err=
 for ((i = 0; i < 500; i++)); do
   for file in "$system"/*/name; do
@@ -86,10 +87,10 @@ for ((i = 0; i < 500; i++)); do
     place=$devices/${place##*/}
     case $name in "$main") out=$place ;; "$error") err=$place ;; esac
   done
-  [[ -e $out && -e $err ]] && break
+  [[ $out && $err ]] && break
   pause 0.01
 done
-if [[ ! -e $out || ! -e $err ]]; then
+if [[ ! $out || ! $err ]]; then
   echo "the guest has no virtio ports named $main and $error in $system" >&2
   exit 1
 fi
