@@ -19,7 +19,7 @@ from pytest_nixvm.errors import (
     GuestFaultError,
     MachineError,
     MachineGoneError,
-    QemuError,
+    QmpError,
     ShellError,
 )
 from pytest_nixvm.guest.agent import Agent
@@ -156,7 +156,7 @@ class Shell:
         out.patient = err.patient = True
         try:
             slot.start(_KILL_TIMEOUT, out.write, err.write)
-        except (ChannelError, QemuError) as error:
+        except (ChannelError, QmpError) as error:
             return f"It can't be killed: {error}"
         return "It was killed with all that it had started."
 
@@ -175,8 +175,10 @@ class Shell:
                 ready = [slot for slot in self._idle if slot.state is State.READY]
                 if ready:
                     slot = min(ready, key=lambda slot: slot.number)
-                    self._idle.remove(slot)
-                    return slot, Deadline(timeout - waited)
+                    if slot.is_there():
+                        self._idle.remove(slot)
+                        return slot, Deadline(timeout - waited)
+                    continue
                 if not self._starting and (self._idle or not self._full):
                     self._starting = True
                     stale = self._idle.pop(0) if self._idle else None
@@ -218,6 +220,8 @@ class Shell:
 
     def _give_back(self, slot: Slot) -> None:
         with self._changed:
+            if self._closed:
+                slot.stream.dispose()
             self._idle.append(slot)
             self._changed.notify_all()
 
@@ -252,11 +256,14 @@ class Shell:
         return _ByAgent(self._agent.start([bash, "-c", text]))
 
     def _on_event(self, event: Event) -> None:
-        # It comes late, or not at all after a reset: whoever is woken looks for himself.
-        if event.name == "VSERPORT_CHANGE" and not event.data.get("open"):
+        # It may come late, or not at all after a reset: whoever is told looks for himself.
+        if event.name == "RESET" or (
+            event.name == "VSERPORT_CHANGE" and not event.data.get("open")
+        ):
             for slot in list(self._slots):
-                if event.data.get("id") in [port.id for port in slot.pair.both]:
-                    slot.stream.wake()
+                ids = [port.id for port in slot.pair.both]
+                if event.name == "RESET" or event.data.get("id") in ids:
+                    slot.doubt()
 
     # --- the guest's ends --------------------------------------------------------------------
 

@@ -55,11 +55,27 @@ class Slot:
         self._has_cgroup = False
         self._marks: list[str] = []  # of the shell, then of what it was given; see `reap`
         self._rotating: str | None = None
+        self._doubted = False
 
     @property
     def number(self) -> int:
         """Its place: 0 is on QEMU's command line."""
         return self.pair.number
+
+    def doubt(self) -> None:
+        """Look whether the shell is still there, now or before the next command. Any thread."""
+        self._doubted = True
+        self.stream.wake()
+
+    def is_there(self) -> bool:
+        """Whether the shell waits for a command; looks only if there was a doubt."""
+        if self._doubted:
+            self._doubted = False
+            try:
+                self._watch()
+            except ShellGoneError:
+                self.state = State.STALE
+        return self.state is State.READY
 
     # --- the shell ---------------------------------------------------------------------------
 
@@ -117,6 +133,7 @@ class Slot:
             for output in outputs:
                 output.flush()
         self._marks = [nonce]
+        self._doubted = False
         self.state = State.READY
 
     def run(

@@ -257,6 +257,15 @@ def test_a_sink_that_takes_no_more_ends_the_command(shell: Shell) -> None:
     assert shell.run("echo next").stdout == "next\n"
 
 
+def test_what_a_person_interrupts_does_not_go_on(shell: Shell, tmp_path: Path) -> None:
+    shell.run("true")
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        shell.run(f"echo $BASHPID >{tmp_path}/pid; exec sleep 60")
+    assert gone(int((tmp_path / "pid").read_text()))
+    assert shell.run("echo next").stdout == "next\n"
+
+
 def test_a_fault_ends_what_runs_and_what_comes(shell: Shell) -> None:
     shell.run("true")
     threading.Timer(0.3, shell.interrupt, [GuestPanicError("the kernel panicked")]).start()
@@ -283,6 +292,14 @@ def test_a_guest_that_was_started_anew(machine: Guest) -> None:
     second = machine.shell.run("echo $$").stdout
     assert first != second
     until(lambda: gone(int(first)), "the old shell to end")
+
+
+def test_a_shell_that_is_killed_while_it_waits(machine: Guest) -> None:
+    first = int(machine.shell.run("echo $$").stdout)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not machine.is_open(machine.first), "the ports to be closed")
+    machine.tell()
+    assert int(machine.shell.run("echo $$").stdout) != first
 
 
 # --- several ---------------------------------------------------------------------------------
