@@ -27,6 +27,7 @@ from pytest_nixvm.transcript import Transcript
 from pytest_nixvm.verbs.commands import Commands
 from pytest_nixvm.verbs.files import Files
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
+from pytest_nixvm.verbs.monitor import QemuMonitor
 from pytest_nixvm.verbs.network import Network
 from pytest_nixvm.verbs.power import Power
 from pytest_nixvm.verbs.screen import Screen
@@ -39,7 +40,7 @@ _KILLED = 128 + 9
 """The exit status of what SIGKILL has ended, which is how the kernel frees memory."""
 
 
-class Machine(Power, Commands, Waits, Units, Screen, Network, Files):
+class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult

@@ -304,21 +304,22 @@ class Monitor:
             return [e for e in self._events if e.sequence > since and name in (None, e.name)]
 
     def wait_event(
-        self, names: str | Iterable[str], *, timeout: float, since: int | None = None
+        self, names: str | Iterable[str] | None, *, timeout: float, since: int | None = None
     ) -> Event:
         """Wait for the first event of these names after `since` (a `mark()`; None: from now on).
 
+        `names` None is any event.
         Raises `QmpError` after `timeout` seconds, saying which events came instead, and
         `MachineGoneError` when QEMU ends without it.
         """
-        wanted = {names} if isinstance(names, str) else set(names)
-        text = " or ".join(sorted(wanted))
+        wanted = {names} if isinstance(names, str) else set(names or ())
+        text = " or ".join(sorted(wanted)) or "any"
         deadline = time.monotonic() + timeout
         with self._changed:
             start = self._sequence if since is None else since
             while True:
                 for event in self._events:
-                    if event.sequence > start and event.name in wanted:
+                    if event.sequence > start and (names is None or event.name in wanted):
                         return event
                 if self._gone or self._closed:
                     break

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import re
-import threading
 from pathlib import Path
 
-from pytest_nixvm.errors import QemuError, QmpError
+from pytest_nixvm.errors import QmpError
 from pytest_nixvm.qemu.monitor import Monitor
+from pytest_nixvm.qemu.network import Network
 from pytest_nixvm.qemu.output import full_disk, quote, read_end
 from pytest_nixvm.qemu.ports import Ports
 from pytest_nixvm.qemu.spec import LaunchSpec
@@ -45,8 +43,7 @@ class Qemu:
         self.pid = monitor.pid or process.pid
         self.argv = _command_line(self.pid)  # as QEMU got it, () if it was already gone
         self._killed = False
-        self._forwarding = threading.Lock()
-        self._forwarded: dict[int, int] = {}  # guest's port -> host's
+        self.network = Network(monitor, self.argv, spec.name)
         monitor.describe_end = self.cause_of_death
 
     def __repr__(self) -> str:
@@ -121,66 +118,8 @@ class Qemu:
     # --- network ---
 
     def forward(self, guest_port: int) -> int:
-        """Forward a free port of 127.0.0.1, chosen by QEMU, to a TCP port of the guest.
-
-        Return the host's port, the same one each time. That it accepts connections proves nothing
-        about the guest: QEMU accepts first. Raises `QemuError` if the VM has no user-mode network.
-        """
-        with self._forwarding:
-            if guest_port not in self._forwarded:
-                self._forwarded[guest_port] = self._forward(self._user_netdev(), guest_port)
-            return self._forwarded[guest_port]
-
-    def _forward(self, netdev: str, guest_port: int) -> int:
-        before = self._forwards(netdev)
-        said = self.monitor.hmp(f"hostfwd_add {netdev} tcp:127.0.0.1:0-:{guest_port}").strip()
-        if said:
-            raise QemuError(
-                f"{self.spec.name}: QEMU can't forward a port to port {guest_port}: {said}"
-            )
-        new = self._forwards(netdev) - before
-        ports = [host for host, guest in new if guest == guest_port]
-        if not ports:
-            raise QemuError(
-                f"{self.spec.name}: QEMU forwards a port to port {guest_port}, but does not say "
-                f"which:\n{self.monitor.hmp('info usernet')}"
-            )
-        return ports[0]
-
-    def _user_netdev(self) -> str:
-        for option, value in itertools.pairwise(self.argv):
-            if option in ("-netdev", "-nic", "-net", "--netdev", "--nic", "--net") and re.match(
-                r"(type=)?user\b", value
-            ):
-                match = re.search(r"\bid=([^,]+)", value)
-                if match:
-                    return match[1]
-        raise QemuError(
-            f"{self.spec.name} has no user-mode network (`-netdev user,id=…`) on its QEMU command "
-            "line, so no port can be forwarded into it. Does its configuration replace "
-            "virtualisation.qemu.networkingOptions?"
-        )
-
-    def _forwards(self, netdev: str) -> set[tuple[int, int]]:
-        """Return (host port, guest port) of the TCP forwards of `netdev`.
-
-        `info usernet` prints a line for each back end, then a table:
-
-            Hub -1 (user.0):
-              Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ
-              TCP[HOST_FORWARD]  12       127.0.0.1 36519       10.0.2.15    22     0     0
-        """
-        found = set()
-        ours = True
-        for line in self.monitor.hmp("info usernet").splitlines():
-            header = re.match(r"\S.*?\(?([^\s()]+)\)?:\s*$", line)
-            if header:
-                ours = header[1] == netdev
-                continue
-            match = re.match(r"\s*TCP\[HOST_FORWARD\]\s+-?\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)\b", line)
-            if match and ours:
-                found.add((int(match[1]), int(match[2])))
-        return found
+        """Forward a free port of 127.0.0.1 to a TCP port of the guest; see `Network.forward`."""
+        return self.network.forward(guest_port)
 
     # --- screen ---
 

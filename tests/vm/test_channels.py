@@ -117,4 +117,4 @@ def test_qmp_commands_events_and_errors(qmp):
 
 
 def test_a_port_of_the_guest_is_forwarded(vm):
-    assert vm.forward_port(22) == vm.forward_port(22)
+    assert vm.port(22) == vm.port(22)
