@@ -6,13 +6,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pytest_nixvm.errors import CommandTimeoutError, MachineError, NixvmError
+from pytest_nixvm.errors import AgentError, MachineError, NixvmError, QmpError, ShellError
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.guest.health import Health
 from pytest_nixvm.guest.keys import KeyPair
-from pytest_nixvm.guest.result import Command, CommandResult, display
+from pytest_nixvm.guest.result import Command, CommandResult
 from pytest_nixvm.guest.serial import Serial
+from pytest_nixvm.guest.shell import Shell
 from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
 from pytest_nixvm.qemu.loop import IoThread
@@ -34,9 +35,12 @@ class Channels:
         self.qemu = qemu
         self.console = Console(io, qemu.console_socket, qemu.console_log)
         self.agent = Agent(io, qemu.agent_socket)
+        self.shell = Shell(qemu.monitor, qemu.ports, self.agent)
         self.serial = Serial(self.console)
         self.health = Health(io, qemu, self.console, self.agent, self._interrupt)
         self.booted = False
+        self._tried_shell = False
+        self.no_shell = ""  # why commands go another way than through the shell
         self._keys = keys
         self._lock = threading.RLock()
         self._ssh: dict[str | None, Ssh] = {}
@@ -54,6 +58,7 @@ class Channels:
         """Close all of it. Never raises."""
         self.health.close()
         self.hang_up()
+        self.shell.close()
         self.agent.close()
         self.console.close()
 
@@ -67,11 +72,14 @@ class Channels:
     def revive(self) -> None:
         """Take calls again: the guest is booting anew, on the same sockets."""
         self.hang_up()
+        self._tried_shell = False
         self.agent.revive()
+        self.shell.revive()
         self.console.revive()
 
     def _interrupt(self, error: MachineError) -> None:
         self.agent.interrupt(error)
+        self.shell.interrupt(error)
         self.console.interrupt(error)
         for ssh in tuple(self._ssh.values()):
             ssh.interrupt(error)
@@ -108,20 +116,36 @@ class Channels:
         cwd: str | None,
         user: str | None,
     ) -> CommandResult:
-        """Run a command on the best channel there is. Raises as `Machine.run`."""
+        """Run a command on the best channel there is: the shell, else the agent, else SSH.
+
+        Raises as `Machine.run`.
+        """
+        if self.has_shell():
+            return self.shell.run(
+                command, timeout=timeout, stdin=stdin, env=env, cwd=cwd, user=user
+            )
         argv = self.agent.shell_argv(command) if isinstance(command, str) else list(command)
         if cwd is not None:
             argv = ["env", f"--chdir={cwd}", *argv]
         if user is not None:
             argv = ["runuser", "-u", user, "--", "/bin/sh", "-c", _AS_USER, "sh", user, *argv]
-        name = self.qemu.spec.name
         try:
             result = self.agent.exec(argv, stdin=stdin, env=env, timeout=timeout)
-        except CommandTimeoutError as error:
-            raise CommandTimeoutError(
-                f"`{display(command)}` did not end on {name} within {timeout:g} s.",
-                command=command,
-                stdout=error.stdout,
-                stderr=error.stderr,
-            ) from None
+        except AgentError as error:
+            if error.error_class != "Timeout":
+                raise
+            ssh = self.ssh_as("root")
+            result = ssh.run(argv, stdin=stdin, env=env, timeout=timeout)
         return replace(result, command=command)
+
+    def has_shell(self) -> bool:
+        """Whether commands go through the shell; tried once for each boot."""
+        with self._lock:
+            if self._tried_shell:
+                return not self.no_shell
+            self._tried_shell, self.no_shell = True, ""
+            try:
+                self.shell.prepare()
+            except (ShellError, AgentError, QmpError) as error:
+                self.no_shell = str(error)
+            return not self.no_shell
