@@ -27,6 +27,18 @@
     in
     {
       nixosConfigurations = builtins.mapAttrs machine {
+        # A text console on the screen, whatever the kernel has for VGA.
+        screen = {
+          boot.kernelModules = [ "virtio_gpu" ];
+          virtualisation.vmVariant.virtualisation = {
+            graphics = nixpkgs.lib.mkForce true;
+            qemu.options = [
+              "-vga none"
+              "-device virtio-gpu-pci"
+            ];
+          };
+        };
+
         # Their sshd does not let everybody in.
         other-port.services.openssh.ports = [ 2222 ];
         no-root.services.openssh.settings.PermitRootLogin = "no";
