@@ -7,6 +7,7 @@ it is and negated. No one of them is the best on every screen.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -52,13 +53,11 @@ def need() -> ModuleType:
             f"Reading text from the screen needs the Python package {error.name}: "
             "pip install 'pytest-nixvm[ocr]'."
         ) from None
-    try:
-        pytesseract.get_tesseract_version()
-    except pytesseract.TesseractNotFoundError:
+    if shutil.which(pytesseract.pytesseract.tesseract_cmd) is None:
         raise MissingProgramError(
             "Reading text from the screen needs the program tesseract, which is not on PATH: "
             "`nix shell nixpkgs#tesseract` on NixOS, `apt-get install tesseract-ocr` on Debian."
-        ) from None
+        )
     module: ModuleType = pytesseract
     return module
 
