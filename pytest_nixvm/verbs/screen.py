@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from pytest_nixvm.errors import MachineError, MissingProgramError, tail
+from pytest_nixvm.errors import GuestPanicError, MachineError, MissingProgramError, tail
 from pytest_nixvm.guest import ocr
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.qemu.keyboard import DELAY, Keyboard
@@ -135,6 +135,10 @@ class Screen(Guest):
 
     def _keyboard(self) -> Keyboard:
         qemu = self.qemu
+        # A panicked guest may look like a running one to QEMU. In emergency mode keys are welcome.
+        fault = self.console.fault
+        if isinstance(fault, GuestPanicError):
+            raise fault.again()
         try:
             executable = Path(f"/proc/{qemu.pid}/exe").resolve(strict=True)
         except OSError:
