@@ -72,6 +72,9 @@ if [[ $own ]]; then
     pause 0.01
   done
   if ((i == 1000)); then echo "what runs in $own can't be killed" >&2; exit 1; fi
+  echo $$ >"$own/cgroup.procs" || own=
+fi
+if [[ $own ]]; then
   unset PYTEST_NIXVM_COMMAND
 else
   reap
@@ -95,7 +98,6 @@ if [[ ! $out || ! $err ]]; then
   exit 1
 fi
 
-if [[ $own ]]; then echo $$ >"$own/cgroup.procs"; fi
 session=setsid
 type -P setsid >/dev/null || session=
 $session "$BASH" --noprofile --norc -c "$loop" bash \
