@@ -19,9 +19,13 @@ from pytest_nixvm.errors import SettingsError
 
 Isolation = Literal["module", "session"]
 Network = Literal["isolated", "nat"]
+Keep = Literal["never", "failed", "always"]
+Screenshot = Literal["off", "on", "only-on-failure"]
 
 ISOLATIONS = ("module", "session")
 NETWORKS = ("isolated", "nat")
+KEEPS = ("never", "failed", "always")
+SCREENSHOTS = ("off", "on", "only-on-failure")
 ACCELERATORS = ("auto", "kvm", "tcg")
 DEFAULT_BOOT_TIMEOUT = 300.0
 """Seconds from QEMU's start to a settled system; a large NixOS host under TCG needs minutes."""
@@ -79,7 +83,23 @@ OPTIONS = (
         "|".join(NETWORKS),
         "what a VM reaches: nothing, or everything that this machine reaches (default: isolated)",
     ),
-    Option("output", "DIR", "where consoles and build logs are kept (default: below the cache)"),
+    Option(
+        "keep",
+        "|".join(KEEPS),
+        "leave VMs running after the session, and say how to get in and how to end them "
+        "(default: never)",
+    ),
+    Option(
+        "screenshot",
+        "|".join(SCREENSHOTS),
+        "when a test's machines are photographed (default: only-on-failure)",
+    ),
+    Option(
+        "output",
+        "DIR",
+        "where a run leaves consoles, logs and a folder for each failed test "
+        "(default: below the cache)",
+    ),
     Option("cache", "DIR", "where evaluations, results and scratch disks live (default: per user)"),
     Option("offline", "", "let Nix download nothing", values=0),
 )
@@ -99,6 +119,8 @@ class Settings:
     cores: int | None
     boot_timeout: float
     network: Network
+    keep: Keep
+    screenshot: Screenshot
     output: Path | None
     cache: Path
     offline: bool
@@ -142,6 +164,10 @@ class Settings:
             cores=reader.whole("cores"),
             boot_timeout=reader.seconds("boot-timeout", DEFAULT_BOOT_TIMEOUT),
             network=cast(Network, reader.one_of("network", NETWORKS, "isolated")),
+            keep=cast(Keep, reader.one_of("keep", KEEPS, "never")),
+            screenshot=cast(
+                Screenshot, reader.one_of("screenshot", SCREENSHOTS, "only-on-failure")
+            ),
             output=reader.path("output"),
             cache=reader.path("cache") or platformdirs.user_cache_path("pytest-nixvm"),
             offline=reader.yes("offline"),

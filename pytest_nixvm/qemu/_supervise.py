@@ -21,6 +21,7 @@ The protocol is one JSON object a line. Requests carry an `id` and are answered 
 
     {"op": "spawn", "vm": "TOKEN-N", "argv": […], "env": {…}, "cwd": "…", "log": "…"}  -> pid
     {"op": "kill", "vm": "TOKEN-N"}         answered when the VM and all its helpers are dead
+    {"op": "keep", "vm": "TOKEN-N"}         the VM may outlive the client, see `Server.outlive`
     {"op": "directories", "add": […], "remove": […]}        what to remove at the end
 
 Events have no id: `{"event": "exit", "vm": …, "returncode": …}`, and `{"event": "fatal",
@@ -190,6 +191,7 @@ class Vm:
         self.ended = 0.0
         self.kill_started: float | None = None
         self.kill_requests: list[int] = []
+        self.kept = False
 
 
 def spawn(argv: list[str], env: dict[str, str], cwd: str, log: str) -> int:
@@ -403,12 +405,17 @@ class Server:
                 else:
                     known.kill_started = time.monotonic()
                     known.kill_requests.append(number)
+            elif request["op"] == "keep":
+                self.vms[request["vm"]].kept = True
+                self.send({"id": number, "ok": True})
             elif request["op"] == "directories":
                 self.directories.update(request.get("add", ()))
                 self.directories.difference_update(request.get("remove", ()))
                 self.send({"id": number, "ok": True})
             else:
                 self.send({"id": number, "error": f"unknown operation {request['op']!r}"})
+        except KeyError as error:
+            self.send({"id": number, "error": f"there is no {error}"})
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             self.send({"id": number, "error": f"{error.strerror or error}{where}"})
@@ -431,10 +438,11 @@ class Server:
     # --- the end ---
 
     def end(self) -> None:
-        """Kill everything below us, then remove the directories."""
+        """Kill everything below us that is not kept, then remove the directories."""
         deadline = time.monotonic() + END_TIMEOUT
         while True:
-            left = descendants(os.getpid())
+            spared = self.spared()
+            left = [pid for pid in descendants(os.getpid()) if pid not in spared]
             for pid in left:
                 kill(pid)
             self.reap()
@@ -443,10 +451,32 @@ class Server:
             select.select([self.wake], [], [], TICK)
             self.drain()
         self.flush()
+        self.outlive()
         for directory in sorted(self.directories):
             for _ in range(3):
                 if remove_tree(directory):
                     break
+
+    def spared(self) -> set[int]:
+        """Return the processes of the VMs that are kept."""
+        kept = {vm.name: vm.pid for vm in self.vms.values() if vm.kept and vm.returncode is None}
+        found = [pid for pid, owner in self.orphans().items() if owner in kept] if kept else []
+        found += kept.values()
+        return {each for pid in found for each in (pid, *descendants(pid))}
+
+    def outlive(self) -> None:
+        """Stay for as long as a VM that is kept runs: who ends it ends its helpers and us."""
+        with contextlib.suppress(OSError):
+            self.channel.close()
+        self.vms = {vm.name: vm for vm in self.vms.values() if vm.kept}
+        while self.vms:
+            select.select(
+                [self.wake], [], [], TICK if any(v.ended for v in self.vms.values()) else 60
+            )
+            self.drain()
+            self.reap()
+            self.advance()
+            self.output = b""
 
 
 def main() -> None:

@@ -83,6 +83,14 @@ class Process:
             self._supervisor._kill(self)
             self._confirmed_dead = True
 
+    def keep(self) -> None:
+        """Let it run on when this process ends, with every directory of the supervisor's.
+
+        Its end then ends its helpers, removes the directories and ends the supervisor. A death of
+        this process that it has not prepared for ends it all the same, before this is called.
+        """
+        self._supervisor._keep(self)
+
     def on_exit(self, callback: Callable[[int], None]) -> None:
         """Call `callback` with the exit status when the process has ended, or now if it has.
 
@@ -138,6 +146,7 @@ class Supervisor:
         self._directories: set[Path] = set()
         self._lost: str | None = None  # why it can't be used any more
         self._closing = False
+        self._keeps = False
         self._closed = threading.Lock()
 
         ours, theirs = socket.socketpair()
@@ -256,6 +265,10 @@ class Supervisor:
         # The exit was reported before the answer, in order.
         process._ended.wait(_KILL_TIMEOUT)
 
+    def _keep(self, process: Process) -> None:
+        self._request({"op": "keep", "vm": process._name})
+        self._keeps = True
+
     def _forget(self, process: Process) -> None:
         with self._lock:
             self._processes.pop(process._name, None)
@@ -362,6 +375,10 @@ class Supervisor:
             atexit.unregister(self.close)
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
+            if self._keeps:
+                self._process.returncode = 0  # it goes on without us: nobody will wait for it
+                self._socket.close()
+                return
             try:
                 self._process.wait(_END_TIMEOUT)
             except subprocess.TimeoutExpired:

@@ -414,3 +414,31 @@ def test_a_stopped_supervisor_does_not_hang_the_client(
     finally:
         os.kill(supervisor.pid, signal.SIGCONT)
     assert shell(supervisor, tmp_path, "exit 0").wait(10) == 0
+
+
+KEEPER = """
+import os, sys
+from pathlib import Path
+from pytest_nixvm.qemu.supervisor import Supervisor
+supervisor = Supervisor()
+place = supervisor.make_directory(Path(sys.argv[1]))
+def sleep(): return supervisor.spawn(
+    ["/bin/sleep", "1000"], env=dict(os.environ), cwd=place, log=place / "log")
+kept, other = sleep(), sleep()
+kept.keep()
+print(kept.pid, other.pid, supervisor.pid, place, flush=True)
+if sys.argv[2] == "close": supervisor.close()
+"""
+
+
+def test_a_process_that_is_kept_outlives_us_and_takes_the_rest_along_at_its_end(tmp_path):
+    argv = [sys.executable, "-c", KEEPER, str(tmp_path), "close"]
+    kept, other, supervisor, place = subprocess.check_output(argv, text=True, timeout=30).split()
+
+    wait_gone([int(other)])
+    assert Path(f"/proc/{kept}").exists()
+    assert Path(place).exists()
+
+    os.kill(int(kept), signal.SIGTERM)
+    wait_gone([int(supervisor)])
+    assert not Path(place).exists()
