@@ -435,10 +435,10 @@ def test_a_process_that_is_kept_outlives_us_and_takes_the_rest_along_at_its_end(
     argv = [sys.executable, "-c", KEEPER, str(tmp_path), "close"]
     kept, other, supervisor, place = subprocess.check_output(argv, text=True, timeout=30).split()
 
-    wait_gone([int(other)])
+    assert wait_gone(int(other))
     assert Path(f"/proc/{kept}").exists()
     assert Path(place).exists()
 
     os.kill(int(kept), signal.SIGTERM)
-    wait_gone([int(supervisor)])
+    assert wait_gone(int(supervisor))
     assert not Path(place).exists()
