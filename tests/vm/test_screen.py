@@ -107,6 +107,7 @@ def test_the_serial_console(vm):
     vm.wait_for_console_text("Stage 1", timeout=10)
     with pytest.raises(WaitTimeoutError, match="Stage 1"):
         vm.wait_for_console_text("Stage 1", timeout=0.2)  # it was seen
+    vm.wait_for_console_text("screen login: ", timeout=60)  # what comes earlier, getty throws away
     vm.succeed("echo hear hear > /dev/ttyS0")
     vm.wait_for_console_text(r"hear \w+", timeout=20)
     vm.send_console("nobody-at-all\n")
