@@ -6,7 +6,8 @@ command from its port, runs it in a subshell, and writes a mark behind each of i
 
     host -> guest   run LENGTH NONCE \n SCRIPT              a command with an empty stdin
                     feed LENGTH NONCE \n SCRIPT CHUNKS      a command with stdin; each chunk is
-                                                            COUNT \n BYTES, and 0 \n is the end
+                                                            COUNT \n BYTES, or COUNT text \n
+                                                            BYTES if none is 0; 0 \n is the end
                     rotate 0 NONCE \n                       new pipes, see below
     guest -> host   \0 NONCE hello PID HOW \n               on stdout's port, at the start
                     \0 NONCE ready \n                       on both, at the start and after rotate
@@ -204,18 +205,25 @@ __nixvm_look() {
   done
 }
 
+# Text is passed on without a program start, which would take longer than many a command.
 __nixvm_feed() {
-  local length
+  local length text data
   PATH=$__nixvm_places
-  while IFS= read -r -u "$__nixvm_port" length && ((length)); do
-    head -c "$length" <&"$__nixvm_port"
+  while IFS=' ' read -r -u "$__nixvm_port" length text && ((length)); do
+    if [[ $text ]]; then
+      IFS= read -r -N "$length" -u "$__nixvm_port" data
+      printf %s "$data"
+    else
+      head -c "$length" <&"$__nixvm_port"
+    fi
   done
 }
 
 # The end of a command with input: tell that the rest of it is not wanted, and swallow that.
 __nixvm_fed() {
   printf '\0%s input\n' "$__nixvm_nonce" >&"$__nixvm_out"
-  PATH=$__nixvm_places cat >/dev/null
+  local rest
+  if IFS= read -r -N 4096 rest; then PATH=$__nixvm_places cat >/dev/null; fi
   return "$1"
 }
 

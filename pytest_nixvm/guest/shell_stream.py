@@ -24,6 +24,7 @@ Sink = Callable[[bytes], object]
 
 _RECEIVE = 256 * 1024
 _CHUNK = 2 * 1024 * 1024
+_TEXT = 64 * 1024  # what bash itself passes on faster than `head`, which has to be started
 
 
 class ShellGoneError(Exception):
@@ -120,7 +121,8 @@ class Input:
             if not chunk:
                 self.stop()
             else:
-                self._parts += [b"%d\n" % len(chunk), chunk]
+                kind = b" text" if len(chunk) <= _TEXT and b"\0" not in chunk else b""
+                self._parts += [b"%d%s\n" % (len(chunk), kind), chunk]
         return memoryview(self._parts.pop(0) if self._parts else b"")
 
     def _read(self) -> bytes:

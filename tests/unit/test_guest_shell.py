@@ -77,7 +77,7 @@ def test_whatever_a_command_does_the_next_one_works(shell, command, status, said
 
 
 @pytest.mark.parametrize(
-    "data", [EVERYTHING, b"", b"\n", b"\0", b"no newline", b"\0\0abc end 0 0\n"]
+    "data", [EVERYTHING, b"", b"\n", b"\0", b"no newline", b"\0\0a end 0\n", b"\xff\n\\ " * 9999]
 )
 def test_both_ways_are_binary_safe(shell: Shell, data: bytes) -> None:
     result = shell.run("tee /dev/stderr", stdin=data)
