@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import shutil
 import threading
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pytest_nixvm.errors import BootError, SettingsError, UserError
+from pytest_nixvm.errors import BootError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
+from pytest_nixvm.output import Output, make_directory
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.qemu.accelerator import Accelerator, choose, find_qemu
 from pytest_nixvm.qemu.launch import LaunchSpec, private_directory
@@ -68,7 +68,7 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self.progress: Progress = progress or Silent()
-        self.output = output or settings.output or _run_directory(settings.cache)
+        self._output = output
         self.started: list[Machine] = []
         self._known = None if known is None else tuple(known)
         self._builds: dict[str, VmBuild] = {}
@@ -87,6 +87,20 @@ class Fleet:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @cached_property
+    def out(self) -> Output:
+        """Where this run leaves what it has to show. Raises `SettingsError`."""
+        if self._output is not None:
+            return Output(self._output)
+        if self.settings.output is not None:
+            return Output.below(self.settings.output)
+        return Output.fresh(self.settings.cache / "runs")
+
+    @property
+    def output(self) -> Path:
+        """The directory of `out`."""
+        return self.out.path
 
     # --- what may be tested ----------------------------------------------------------------------
 
@@ -224,10 +238,9 @@ class Fleet:
             build = self.build(name)
             number = len(self.started)
             label = f"{name}-{number}"
-            output = self.output / label
+            output = self.out.directory(label)
             sockets, scratch = self._sockets / str(number), self._scratch / label
-            for directory in (output, scratch):
-                _make_directory(directory)
+            make_directory(scratch)
             sockets.mkdir(mode=0o700)
             machine = Machine(
                 build,
@@ -266,6 +279,8 @@ class Fleet:
                 self._supervisor.close()
             if "_io" in made:
                 self._io.close()
+            if "out" in made:
+                self.out.close()
 
     # --- what VMs need, made when the first one starts -------------------------------------------
 
@@ -285,7 +300,7 @@ class Fleet:
     def _scratch(self) -> Path:
         """A directory on disk for overlays: not in /tmp, which may be memory."""
         base = self.settings.cache / "scratch"
-        _make_directory(base)
+        make_directory(base)
         free = shutil.disk_usage(base).free
         if free < LEAST_FREE:
             raise SettingsError(
@@ -300,27 +315,3 @@ class Fleet:
         from pytest_nixvm.guest.keys import KeyPair
 
         return KeyPair.generate(self._sockets)
-
-
-def _run_directory(cache: Path) -> Path:
-    """Return a new name for a run's output below the cache; nothing is created yet."""
-    from datetime import datetime
-
-    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H.%M.%S")
-    return cache / "runs" / f"{stamp}_{os.getpid()}"
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError("permission denied"))
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return SettingsError(
-        f"Can't write to {path}: {reason}. --nixvm-cache and --nixvm-output name other places."
-    )

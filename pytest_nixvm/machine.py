@@ -74,6 +74,7 @@ class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files
         self.output = output
         self.progress = progress
         self.boots: list[BootReport] = []
+        self.qemu_version: tuple[int, ...] = ()  # of the last power-on
         self.transcript = Transcript()
         self._supervisor = supervisor
         self._io = io

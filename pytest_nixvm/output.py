@@ -14,7 +14,9 @@ from filelock import FileLock, Timeout
 
 from pytest_nixvm.errors import SettingsError
 
-MANIFEST = ".pytest-nixvm.json"
+MANIFEST = ".pytest-nixvm-{}.json"
+"""One for each process that writes there: pytest's, and those of xdist's workers."""
+
 EARLIER = "earlier"
 
 
@@ -58,13 +60,19 @@ class Output:
     def directory(self, name: str) -> Path:
         """Make the directory `name` in it, or one with a number behind if that is there."""
         with self._guard:
-            path, number = self.path / name, 1
-            while path.exists():
-                number += 1
-                path = self.path / f"{name}-{number}"
-            make_directory(path)
-            self._note(path.name)
-            return path
+            make_directory(self.path)
+            number = 1
+            while True:
+                path = self.path / (name if number == 1 else f"{name}-{number}")
+                try:
+                    path.mkdir(mode=0o700)
+                except FileExistsError:
+                    number += 1
+                    continue
+                except OSError as error:
+                    raise _unwritable(path, error) from error
+                self._note(path.name)
+                return path
 
     def file(self, name: str) -> Path:
         """Return the path of a file that is about to be written in it."""
@@ -83,22 +91,28 @@ class Output:
         if name not in self._names:
             self._names.append(name)
         entries = {"began": _stamp(), "entries": self._names}
-        (self.path / MANIFEST).write_text(json.dumps(entries) + "\n")
+        (self.path / MANIFEST.format(os.getpid())).write_text(json.dumps(entries) + "\n")
 
 
 def _set_aside(base: Path) -> None:
-    manifest = base / MANIFEST
-    try:
-        known = json.loads(manifest.read_text())
-        began, names = str(known["began"]), [str(name) for name in known["entries"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    began = ""
+    names: set[str] = set()
+    for manifest in base.glob(MANIFEST.format("*")):
+        try:
+            known = json.loads(manifest.read_text())
+            began = began or str(known["began"])
+            names.update(str(name) for name in known["entries"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        names.add(manifest.name)
+    if not names:
         return
-    place, number = base / EARLIER / began, 1
+    place, number = base / EARLIER / Path(began).name, 1
     while place.exists():
         number += 1
-        place = base / EARLIER / f"{began}-{number}"
+        place = base / EARLIER / f"{Path(began).name}-{number}"
     make_directory(place)
-    for name in (*names, MANIFEST):
+    for name in names:
         # A manifest is a file that anybody may have edited: only what is directly in here moves.
         if Path(name).name == name and (base / name).exists():
             with suppress(OSError):

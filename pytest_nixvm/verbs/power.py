@@ -25,6 +25,7 @@ class Power(Guest):
 
     spec: LaunchSpec
     boots: list[BootReport]
+    qemu_version: tuple[int, ...]
     _supervisor: Supervisor
     _io: IoThread
     _keys: KeyPair
@@ -66,6 +67,7 @@ class Power(Guest):
                     io=self._io,
                     timeout=deadline.remaining(),
                 )
+                self.qemu_version = qemu.monitor.version
                 on = self._on = Channels(qemu, self._io, self._keys)
                 on.connect(deadline.remaining(10))
                 report = wait_ready(qemu, on.console, on.agent, deadline=deadline, step=step)

@@ -1,0 +1,215 @@
+"""What a failed test's folder holds: everything of that test's time, gathered while it is there.
+
+Each piece is gathered by itself, in bounded time; what can't be had leaves a line that says why.
+A VM with a fault, or without QEMU, is not asked anything: what it has left behind is read instead.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_nixvm.errors import NixvmError, tail
+from pytest_nixvm.guest.console import Cleaner
+from pytest_nixvm.transcript import Entry
+from pytest_nixvm.wait import Deadline
+
+if TYPE_CHECKING:
+    from pytest_nixvm.machine import Machine
+
+TIME = 30.0
+"""Seconds for all that a VM is asked."""
+
+SLOW_BOOT = 60.0
+"""Seconds of a boot from which on systemd's own account of it is kept."""
+
+SHOWN_CONSOLE, SHOWN_COMMANDS = 8, 6
+"""Lines of the console, and commands, that the terminal shows; the folder has all."""
+
+_UPTIME = "read -r up rest </proc/uptime && echo $up"
+_UNITS = (
+    "systemctl list-units --failed --no-pager --full; "
+    "for unit in $(systemctl list-units --failed --plain --no-legend --full | cut -d' ' -f1); do "
+    'echo; systemctl status --no-pager --full --lines 50 "$unit"; done'
+)
+_GUEST = (
+    "echo NixOS: $(cat /run/current-system/nixos-version 2>/dev/null || echo unknown); "
+    "echo system: $(readlink /run/current-system); uname -srmo; systemctl --version | head -n 1"
+)
+
+
+@dataclass
+class Mark:
+    """A machine at the moment a test began to use it."""
+
+    machine: Machine
+    began: float
+    uptime: float  # seconds since the guest's boot: later clock changes do not matter to it
+    boots: int
+    logs: dict[Path, int]  # what the console logs held already
+    failed_units: tuple[str, ...] = ()
+
+    @classmethod
+    def set(cls, machine: Machine, *, fresh: bool) -> Mark:
+        """Take note of a machine; `fresh` is one that was started for this test."""
+        uptime = 0.0
+        logs: dict[Path, int] = {}
+        failed = machine.boots[-1].failed_units if machine.boots else ()
+        if not fresh:
+            try:
+                uptime = float(machine.run(_UPTIME, timeout=10).stdout)
+            except (NixvmError, ValueError):
+                uptime = 0.0
+            logs = {log: log.stat().st_size for log in console_logs(machine)}
+        return cls(machine, time.time(), uptime, len(machine.boots), logs, failed)
+
+    def console(self) -> str:
+        """Return what the console has shown since, as plain text."""
+        parts = []
+        for log in console_logs(self.machine):
+            cleaner = Cleaner()
+            with log.open("rb") as file:
+                file.seek(self.logs.get(log, 0))
+                parts.append(cleaner.feed(file.read()))
+        return "".join(parts)
+
+    def commands(self) -> list[Entry]:
+        """Return what was done to the machine since."""
+        began = 0.0 if not self.logs else self.began
+        return self.machine.transcript.since(began)
+
+
+def console_logs(machine: Machine) -> list[Path]:
+    """Return the console logs of a machine, one for each power-on, in their order."""
+    return sorted(machine.output.glob("console*.log"), key=lambda log: (len(log.name), log.name))
+
+
+@dataclass
+class Evidence:
+    """What was found out of one machine; `lines` is what the terminal shows."""
+
+    machine: str
+    folder: Path
+    lines: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    screenshot: Path | None = None
+
+
+def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
+    """Fill `folder` with what a machine has to say of a test's time. Never raises."""
+    machine = mark.machine
+    found = Evidence(machine.name, folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    deadline = Deadline(TIME)
+
+    def keep(name: str, content: Callable[[], str]) -> str:
+        try:
+            text = content()
+        except (NixvmError, OSError, ValueError) as error:
+            text = f"[could not be had: {error}]\n"
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        found.files.append(name)
+        return text
+
+    def ask(command: str) -> str:
+        return machine.run(command, timeout=max(1.0, deadline.remaining())).stdout
+
+    commands = mark.commands()
+    console = keep("console.log", mark.console)
+    keep("transcript.txt", lambda: "\n".join(render(entry) for entry in commands) + "\n")
+    keep("transcript.json", lambda: json.dumps([asdict(entry) for entry in commands], indent=1))
+    if screenshot:
+        _photograph(machine, folder, found)
+    new: list[str] = []
+    if machine.is_up():
+        keep("journal.log", lambda: _journal(mark, ask))
+        units = keep("units.txt", lambda: ask(_UNITS))
+        new = [unit for unit in _failed(units) if unit not in mark.failed_units]
+        keep("guest.txt", lambda: ask(_GUEST))
+        if machine.boots and machine.boots[-1].seconds > SLOW_BOOT:
+            keep("blame.txt", lambda: ask("systemd-analyze; systemd-analyze blame --no-pager"))
+    found.lines = _lines(machine, console, commands, new)
+    return found
+
+
+def _photograph(machine: Machine, folder: Path, found: Evidence) -> None:
+    try:
+        found.screenshot = machine.qemu.screenshot(folder / "screenshot.png")
+        found.files.append("screenshot.png")
+    except (NixvmError, OSError):
+        return  # no display, or no QEMU: then there is no picture
+
+
+def _journal(mark: Mark, ask: Callable[[str], str]) -> str:
+    """Return the journal since the mark, over the reboots in between.
+
+    By the time since the boot, because a test may set the clock.
+    """
+    reboots = len(mark.machine.boots) - mark.boots
+    parts = []
+    for back in range(reboots, -1, -1):
+        text = ask(f"journalctl --no-pager --quiet -o short-monotonic -b -{back} 2>&1")
+        if back == reboots:
+            text = "".join(_since(text, mark.uptime))
+        parts.append(text)
+    return "".join(parts)
+
+
+def _since(text: str, uptime: float) -> list[str]:
+    """Return the lines from a time on; each begins "[   12.345678] host …", or continues one."""
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        stamp = line[1:].partition("]")[0].strip() if line.startswith("[") else ""
+        try:
+            if float(stamp) >= uptime:
+                return lines[number:]
+        except ValueError:
+            continue
+    return []
+
+
+def _failed(units: str) -> list[str]:
+    """Return the units of a `systemctl list-units --failed` table."""
+    names = []
+    for line in units.splitlines():
+        words = line.replace("●", " ").replace("*", " ").split()
+        if len(words) > 3 and words[2] == "failed":
+            names.append(words[0])
+    return names
+
+
+def render(entry: Entry) -> str:
+    """Return an entry of a transcript as a person reads it, with the end of its output."""
+    at = time.strftime("%H:%M:%S", time.localtime(entry.began))
+    via = f" [{entry.channel}]" if entry.channel else ""
+    what = entry.what.replace("\n", "\n" + " " * 12)
+    text = f"{at} {'  ' * entry.depth}{entry.kind}{via} {what}\n"
+    text += f"{' ' * 9}{'  ' * entry.depth}-> {entry.outcome or 'under way'}, {entry.seconds:.2f} s"
+    for name, stream in (("stdout", entry.stdout), ("stderr", entry.stderr)):
+        if stream.strip():
+            text += f"\n{' ' * 12}{name}:"
+            text += "".join(f"\n{' ' * 14}{line}" for line in stream.rstrip().splitlines())
+    return text
+
+
+def _lines(machine: Machine, console: str, commands: list[Entry], new: list[str]) -> list[str]:
+    lines = []
+    if machine.fault is not None:
+        lines.append(str(machine.fault).splitlines()[0])
+    if new:
+        lines.append(f"newly failed units: {', '.join(new)}")
+    said = tail(console, SHOWN_CONSOLE).splitlines()
+    if any(line.strip() for line in said):
+        lines += ["its console's last lines:", *("    " + line for line in said)]
+    last = [entry for entry in commands if entry.depth == 0][-SHOWN_COMMANDS:]
+    if last:
+        lines.append("what was done last:")
+        for entry in last:
+            first = entry.what.strip().splitlines()[0] if entry.what.strip() else ""
+            more = " …" if len(entry.what.strip().splitlines()) > 1 else ""
+            lines.append(f"    {entry.kind} {first[:70]}{more} -> {entry.outcome[:70]}")
+    return lines
