@@ -1,0 +1,245 @@
+r"""Waits that run in the guest: one bash loop, so that an event is seen within a twentieth second.
+
+A loop starts no program for its pause, and none for its condition where bash can do that itself:
+`read -t` on a pipe that nobody writes to is the pause, `/dev/tcp` tries a port, `/proc/net/unix`
+lists sockets. Time is `/proc/uptime`, which runs on evenly when the clock is set.
+
+A loop's exit status: 0 it has happened, TIMED_OUT the time was over, anything else: it can't be
+waited for, and stderr says why.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pytest_nixvm.errors import (
+    ChannelError,
+    CommandTimeoutError,
+    MachineError,
+    NixvmError,
+    tail,
+)
+from pytest_nixvm.guest.result import CommandResult
+from pytest_nixvm.wait import timed_out
+
+__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
+
+TIMED_OUT = 75
+"""EX_TEMPFAIL of sysexits.h."""
+
+GRACE = 15.0
+"""Seconds that the host waits longer than the guest: for a channel that is slow, or stuck."""
+
+LOOK_TIMEOUT = 30.0
+
+# A shell that is not bash reads the first line only: it stops before what it could not parse.
+_LOOP = r"""
+[ -n "${BASH_VERSION-}" ] || { echo 'the guest has no bash, and the wait needs it' >&2; exit 1; }
+set -u
+exec {never}<> <(:)
+now=0
+uptime() { local up; read -r up _ </proc/uptime; now=$((10#${up/./})); }
+refuse() { printf '%s\n' "$1" >&2; exit 2; }
+@condition@
+uptime
+end=$((now + @centiseconds@))
+until happened; do
+  uptime
+  ((now < end)) || exit @timed_out@
+  read -rt 0.05 -u "$never"
+done
+exit 0
+"""
+
+
+@dataclass(frozen=True)
+class GuestWait:
+    """Something to wait for in the guest.
+
+    `goal` ends the sentence "Waited for …". `condition` is bash text that defines the function
+    `happened`; it may call `refuse` with a reason to wait no longer. `look` is bash text that
+    prints what is there instead.
+    """
+
+    goal: str
+    condition: str
+    look: str
+
+    def script(self, timeout: float) -> str:
+        """Return the bash text of the loop."""
+        values = {
+            "condition": self.condition.strip(),
+            "centiseconds": str(max(0, round(timeout * 100))),
+            "timed_out": str(TIMED_OUT),
+        }
+        text = _LOOP.strip()
+        for name, value in values.items():
+            text = text.replace(f"@{name}@", value)
+        return text
+
+
+def wait_in_guest(
+    wait: GuestWait, run: Callable[[str, float], CommandResult], *, where: str, timeout: float
+) -> CommandResult:
+    """Wait for something. `run` runs bash text in the guest, with a timeout in seconds.
+
+    Raises `WaitTimeoutError` after `timeout` seconds of guest time, with what is there instead;
+    `MachineError` at once for what can't be waited for.
+    """
+    goal = f"{wait.goal} on {where}"
+    try:
+        result = run(wait.script(timeout), timeout + GRACE)
+    except CommandTimeoutError:
+        raise timed_out(goal, timeout, look(wait.look, run)) from None
+    if result.returncode == TIMED_OUT:
+        raise timed_out(goal, timeout, look(wait.look, run))
+    if not result.ok:
+        said = result.stderr.strip() or f"the loop ended with exit status {result.returncode}"
+        raise MachineError(f"{goal} can't be waited for: {said}.")
+    return result
+
+
+def look(script: str, run: Callable[[str, float], CommandResult]) -> str:
+    """Return what a script shows. A wait's own error must not be lost to the look around."""
+    try:
+        result = run(script, LOOK_TIMEOUT)
+    except (ChannelError, CommandTimeoutError) as error:
+        return f"What is there instead could not be seen: {error}"
+    return tail((result.stdout.rstrip() + "\n" + result.stderr.rstrip()).strip(), 60)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+# The driver's `test -e {filename}`, without its trap: a second match of a glob, or a blank, would
+# make it a malformed test that is never true.
+_FILE = r"""
+name=@name@
+happened() {
+  local words word
+  eval "words=($name)" || exit 2
+  ((${#words[@]})) || refuse 'the name is empty'
+  if ((${#words[@]} > 1)) && [[ $name != *[*?[{]* ]]; then
+    refuse "$name is ${#words[@]} words to the shell: put it in quotes, within the string"
+  fi
+  for word in "${words[@]}"; do [[ -e $word ]] && return 0; done
+  return 1
+}
+"""
+
+_FILE_LOOK = r"""
+eval "words=(@raw@)"
+path=${words[0]-}
+[[ $path == /* ]] || path=$PWD/$path
+if [[ -e $path ]]; then
+  echo "It came when the time was over: $path"
+elif [[ -L $path ]]; then
+  echo "$path is a symbolic link to what does not exist:"
+  ls -ld -- "$path"
+else
+  place=${path%/*}
+  until [[ -e ${place:-/} ]]; do place=${place%/*}; done
+  place=${place:-/}
+  if [[ ! -d $place ]]; then
+    echo "$place is not a directory:"
+    ls -ld -- "$place"
+  elif [[ $place == "${path%/*}" || $place == / && $path != /*/* ]]; then
+    echo "It is not there. Its directory $place holds:"
+    ls -lA -- "$place"
+  else
+    echo "It is not there, and neither is its directory. The nearest one, $place, holds:"
+    ls -lA -- "$place"
+  fi
+fi
+"""
+
+
+def file_wait(filename: str) -> GuestWait:
+    """Wait for a file. `filename` is shell text: globs, `~` and variables are expanded."""
+    quoted = shlex.quote(filename)
+    return GuestWait(
+        f"the file {filename}",
+        _FILE.replace("@name@", quoted),
+        f"name={quoted}\n" + _FILE_LOOK.replace("@raw@", "$name"),
+    )
+
+
+# --- TCP ports --------------------------------------------------------------------------------
+
+# A try to an address that drops packets takes minutes; it is no event that would be missed.
+_CONNECT_HERE = r"""
+connects() { local fd; { exec {fd}<>"/dev/tcp/$address/$port"; } 2>/dev/null && exec {fd}>&-; }
+"""
+_CONNECT_AWAY = r"""
+connects() { timeout 2 "$BASH" -c '<>"/dev/tcp/$0/$1"' "$address" "$port" 2>/dev/null; }
+"""
+_OPEN = r"""
+happened() { connects; }
+"""
+# A server should not be called twenty times a second only to see whether it has gone: the list of
+# listening sockets tells, and a call only what that has changed, or once a second.
+_CLOSED = r"""
+printf -v hex '%04X' "$port"
+last=none
+calls=0
+happened() {
+  local lines=() more=() line found=
+  { mapfile -t lines </proc/net/tcp; mapfile -t more </proc/net/tcp6; } 2>/dev/null
+  for line in "${lines[@]}" "${more[@]}"; do
+    [[ $line == *": "*":$hex "*" 0A "* ]] && found+="${line%% 0A *};"
+  done
+  if [[ $found && $found == "$last" ]] && ((++calls % 20)); then return 1; fi
+  last=$found
+  ! connects
+}
+"""
+_PORT_LOOK = r"""
+said=$(timeout 5 "$BASH" -c '<>"/dev/tcp/$0/$1"' "$address" "$port" 2>&1)
+case $? in
+  0) echo "Something answers on $address port $port." ;;
+  124) echo "Nothing answers on $address port $port: no connection within 5 s." ;;
+  *) said=${said##*connect: }; said=${said%%$'\n'*}
+     echo "Nothing answers on $address port $port: ${said##*: }." ;;
+esac
+if type -P ss >/dev/null && listening=$(ss -ltnp 2>/dev/null); then
+  echo 'What listens in the guest (ss -ltnp):'
+  printf '%s\n' "$listening"
+else
+  echo 'What listens in the guest (/proc/net/tcp):'
+  while read -r _ where _ state _; do
+    [[ $state == 0A ]] || continue
+    hex=${where%:*}
+    case $hex in
+      00000000) name=0.0.0.0 ;;
+      00000000000000000000000000000000) name='[::]' ;;
+      00000000000000000000000001000000) name='[::1]' ;;
+      ????????) name=$((16#${hex:6:2})).$((16#${hex:4:2})).$((16#${hex:2:2})).$((16#${hex:0:2})) ;;
+      *) name="[$hex]" ;;
+    esac
+    echo "$name:$((16#${where##*:}))"
+  done < <(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
+fi
+"""
+
+
+def port_wait(port: int, address: str, *, closed: bool = False) -> GuestWait:
+    """Wait until something, or nothing, takes connections on a TCP port, as seen in the guest."""
+    port = int(port)
+    if not 0 < port < 65536:
+        raise ValueError(f"{port} is no TCP port: they are 1 to 65535")
+    values = f"address={shlex.quote(address)} port={port}\n"
+    connect = _CONNECT_HERE if _is_loopback(address) else _CONNECT_AWAY
+    return GuestWait(
+        f"port {port} of {address} to {'close' if closed else 'open'}",
+        values + connect.strip() + "\n" + (_CLOSED if closed else _OPEN).strip(),
+        values + _PORT_LOOK,
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
