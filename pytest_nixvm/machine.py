@@ -25,6 +25,7 @@ from pytest_nixvm.qemu.running import Qemu
 from pytest_nixvm.qemu.supervisor import Supervisor
 from pytest_nixvm.transcript import Transcript
 from pytest_nixvm.verbs.commands import Commands
+from pytest_nixvm.verbs.driver import Driver
 from pytest_nixvm.verbs.files import Files
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
 from pytest_nixvm.verbs.monitor import QemuMonitor
@@ -40,7 +41,7 @@ _KILLED = 128 + 9
 """The exit status of what SIGKILL has ended, which is how the kernel frees memory."""
 
 
-class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files):
+class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult
@@ -82,6 +83,7 @@ class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files
         self._boot_timeout = boot_timeout
         self._lock = threading.RLock()
         self._on: Channels | None = None
+        self._no_shell = ""
 
     def __repr__(self) -> str:
         return f"<Machine {self.name} {'up' if self.is_up() else 'down'}>"
@@ -135,6 +137,11 @@ class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files
 
     # --- commands ------------------------------------------------------------------------------
 
+    @property
+    def commands_note(self) -> str:
+        """Why commands take another way than the fast shell; empty where they take that."""
+        return self._no_shell
+
     def run(
         self,
         command: Command,
@@ -162,6 +169,8 @@ class Machine(Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files
             began = time.time()
             with on.health.call():
                 result = on.run(command, timeout=timeout, stdin=data, env=env, cwd=cwd, user=user)
+            if on.no_shell:
+                self._no_shell = f"commands went through the {result.channel}: {on.no_shell}"
             entry.channel = result.channel
             entry.outcome = f"exit status {result.returncode}"
             entry.ok = result.ok
