@@ -10,7 +10,6 @@ waited for, and stderr says why.
 
 from __future__ import annotations
 
-import ipaddress
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,82 +163,3 @@ def file_wait(filename: str) -> GuestWait:
         _FILE.replace("@name@", quoted),
         f"name={quoted}\n" + _FILE_LOOK.replace("@raw@", "$name"),
     )
-
-
-# --- TCP ports --------------------------------------------------------------------------------
-
-# A try to an address that drops packets takes minutes; it is no event that would be missed.
-_CONNECT_HERE = r"""
-connects() { local fd; { exec {fd}<>"/dev/tcp/$address/$port"; } 2>/dev/null && exec {fd}>&-; }
-"""
-_CONNECT_AWAY = r"""
-connects() { timeout 2 "$BASH" -c '<>"/dev/tcp/$0/$1"' "$address" "$port" 2>/dev/null; }
-"""
-_OPEN = r"""
-happened() { connects; }
-"""
-# A server should not be called twenty times a second only to see whether it has gone: the list of
-# listening sockets tells, and a call only what that has changed, or once a second.
-_CLOSED = r"""
-printf -v hex '%04X' "$port"
-last=none
-calls=0
-happened() {
-  local lines=() more=() line found=
-  { mapfile -t lines </proc/net/tcp; mapfile -t more </proc/net/tcp6; } 2>/dev/null
-  for line in "${lines[@]}" "${more[@]}"; do
-    [[ $line == *": "*":$hex "*" 0A "* ]] && found+="${line%% 0A *};"
-  done
-  if [[ $found && $found == "$last" ]] && ((++calls % 20)); then return 1; fi
-  last=$found
-  ! connects
-}
-"""
-_PORT_LOOK = r"""
-said=$(timeout 5 "$BASH" -c '<>"/dev/tcp/$0/$1"' "$address" "$port" 2>&1)
-case $? in
-  0) echo "Something answers on $address port $port." ;;
-  124) echo "Nothing answers on $address port $port: no connection within 5 s." ;;
-  *) said=${said##*connect: }; said=${said%%$'\n'*}
-     echo "Nothing answers on $address port $port: ${said##*: }." ;;
-esac
-if type -P ss >/dev/null && listening=$(ss -ltnp 2>/dev/null); then
-  echo 'What listens in the guest (ss -ltnp):'
-  printf '%s\n' "$listening"
-else
-  echo 'What listens in the guest (/proc/net/tcp):'
-  while read -r _ where _ state _; do
-    [[ $state == 0A ]] || continue
-    hex=${where%:*}
-    case $hex in
-      00000000) name=0.0.0.0 ;;
-      00000000000000000000000000000000) name='[::]' ;;
-      00000000000000000000000001000000) name='[::1]' ;;
-      ????????) name=$((16#${hex:6:2})).$((16#${hex:4:2})).$((16#${hex:2:2})).$((16#${hex:0:2})) ;;
-      *) name="[$hex]" ;;
-    esac
-    echo "$name:$((16#${where##*:}))"
-  done < <(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null)
-fi
-"""
-
-
-def port_wait(port: int, address: str, *, closed: bool = False) -> GuestWait:
-    """Wait until something, or nothing, takes connections on a TCP port, as seen in the guest."""
-    port = int(port)
-    if not 0 < port < 65536:
-        raise ValueError(f"{port} is no TCP port: they are 1 to 65535")
-    values = f"address={shlex.quote(address)} port={port}\n"
-    connect = _CONNECT_HERE if _is_loopback(address) else _CONNECT_AWAY
-    return GuestWait(
-        f"port {port} of {address} to {'close' if closed else 'open'}",
-        values + connect.strip() + "\n" + (_CLOSED if closed else _OPEN).strip(),
-        values + _PORT_LOOK,
-    )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
