@@ -49,6 +49,10 @@ class NotAVirtualMachineError(FlakeError):
     """The attribute exists, but its build has no `bin/run-*-vm`."""
 
 
+class ScriptError(UserError):
+    """A test script has a syntax error, or wants what only the NixOS test driver has."""
+
+
 # --- what happened to a VM ---------------------------------------------------------------------
 
 
@@ -205,6 +209,10 @@ class CommandTimeoutError(CommandError):
 
 class WaitTimeoutError(MachineError):
     """A bounded wait ended without what it waited for; the message says what it saw instead."""
+
+
+class PollingConditionError(MachineError):
+    """A condition that a test script wants to hold all the time does not hold any more."""
 
 
 def tail(text: str, lines: int = 40) -> str:
