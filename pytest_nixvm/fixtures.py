@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -76,6 +77,13 @@ def agent(vm: Machine) -> Agent:
 def qmp(vm: Machine) -> Monitor:
     """QEMU's monitor of the test's machine."""
     return vm.qmp
+
+
+@pytest.fixture
+def nixvm_output(request: pytest.FixtureRequest) -> Path:
+    """The test's own folder in the run's output: what a test puts there stays."""
+    run = request.config.stash[RUN]
+    return run.case(request.node).place(run.fleet.out)
 
 
 def _acquire(request: pytest.FixtureRequest, name: str) -> Machine:

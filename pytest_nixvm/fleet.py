@@ -12,11 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pytest_nixvm.errors import BootError, SettingsError
+from pytest_nixvm import keep
+from pytest_nixvm.errors import BootError, MachineGoneError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
+from pytest_nixvm.keep import Kept
 from pytest_nixvm.output import Output, make_directory
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.qemu.accelerator import Accelerator, choose, find_qemu
@@ -70,9 +72,11 @@ class Fleet:
         self.progress: Progress = progress or Silent()
         self._output = output
         self.started: list[Machine] = []
+        self.kept: list[Kept] = []
         self._known = None if known is None else tuple(known)
         self._builds: dict[str, VmBuild] = {}
         self._shared: dict[_Shared, Machine] = {}
+        self._left_running: list[Machine] = []
         self._unbootable: dict[_Shared, BootError] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -218,11 +222,32 @@ class Fleet:
             self._shared[key] = machine
             return machine
 
+    def sharing(self, name: str, request: MachineRequest, scope: str) -> list[Machine]:
+        """Return the VM that the tests of `scope` share, if there is one now."""
+        key = _Shared(name, request.memory, request.cores, request.network, scope)
+        with self._lock:
+            return [self._shared[key]] if key in self._shared else []
+
     def release(self, scope: str) -> None:
         """End the VMs that the tests of `scope` shared."""
         with self._lock:
             for key in [key for key in self._shared if key.scope == scope]:
                 self._discard(key)
+
+    def keep(self, machine: Machine) -> None:
+        """Leave a VM running when the session ends; nobody gets it from now on.
+
+        `kept` says how to get in. Does nothing for one that does not run.
+        """
+        with self._lock:
+            if machine in self._left_running:
+                return
+            try:
+                self.kept.append(keep.describe(machine))
+            except MachineGoneError:
+                return
+            self._left_running.append(machine)
+            self._shared = {k: each for k, each in self._shared.items() if each is not machine}
 
     def _discard(self, key: _Shared) -> None:
         machine = self._shared.pop(key)
@@ -255,6 +280,7 @@ class Fleet:
                     memory=request.memory,
                     cores=request.cores,
                     network=request.network,
+                    arguments=keep.arguments(sockets) if self.settings.keep != "never" else (),
                 ),
                 supervisor=self._supervisor,
                 io=self._io,
@@ -267,13 +293,28 @@ class Fleet:
         machine.start()
         return machine
 
+    def interact(self, machine: Machine) -> None:
+        """Open a shell in a VM on this terminal, for a look around; `pytest -s` has one.
+
+        Raises `MachineError` where there is no terminal.
+        """
+        from pytest_nixvm import interact
+
+        interact.shell(machine)
+
     def close(self) -> None:
         """End every VM and remove what they left. May be called twice."""
         with self._lock:
             self._closed = True
             self._shared.clear()
+            if self.settings.keep == "always":
+                for machine in self.started:
+                    self.keep(machine)
             for machine in self.started:
-                machine.kill()
+                if machine in self._left_running:
+                    machine.leave_running()
+                else:
+                    machine.kill()
             made = self.__dict__
             if "_supervisor" in made:
                 self._supervisor.close()

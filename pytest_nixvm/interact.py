@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from pytest_nixvm.errors import MachineError, NixvmError
 
 if TYPE_CHECKING:
-    from pytest_nixvm.machine import Machine
+    from pytest_nixvm.verbs.guest import Guest
 
 LEAVE = b"\x1d"
 """Control-], as telnet has it."""
 
 
-def shell(machine: Machine) -> None:
+def shell(machine: Guest) -> None:
     """Open a shell in the VM on this terminal; return when it is left.
 
     Over SSH, as the user that the machine lets in; on the serial console where SSH is not possible.
@@ -44,7 +44,7 @@ def shell(machine: Machine) -> None:
         subprocess.run(shlex.split(line), check=False)
 
 
-def console(machine: Machine) -> None:
+def console(machine: Guest) -> None:
     """Connect the VM's serial console with this terminal, until Control-] is pressed.
 
     Raises `MachineError` without a terminal.
@@ -73,7 +73,7 @@ def console(machine: Machine) -> None:
 
 
 def _relay(
-    machine: Machine, terminal: int, reading: int, arrived: queue.SimpleQueue[bytes]
+    machine: Guest, terminal: int, reading: int, arrived: queue.SimpleQueue[bytes]
 ) -> None:
     while not machine.console.closed:
         ready, _, _ = select.select([terminal, reading], [], [], 1.0)
@@ -100,7 +100,7 @@ def _raw(terminal: int) -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
-def _terminal(machine: Machine) -> int:
+def _terminal(machine: Guest) -> int:
     try:
         number = sys.stdin.fileno()
     except (OSError, ValueError):

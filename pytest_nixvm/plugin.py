@@ -14,15 +14,36 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_nixvm.errors import UserError
-from pytest_nixvm.fixtures import agent, machines, nixvm, nixvm_machine, qmp, serial, ssh, vm
+from pytest_nixvm.fixtures import (
+    agent,
+    machines,
+    nixvm,
+    nixvm_machine,
+    nixvm_output,
+    qmp,
+    serial,
+    ssh,
+    vm,
+)
 from pytest_nixvm.report import terminal
+from pytest_nixvm.report.session import Session
 from pytest_nixvm.run import RUN, Run
 from pytest_nixvm.settings import OPTIONS, Settings
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
-__all__ = ["agent", "machines", "nixvm", "nixvm_machine", "qmp", "serial", "ssh", "vm"]
+__all__ = [
+    "agent",
+    "machines",
+    "nixvm",
+    "nixvm_machine",
+    "nixvm_output",
+    "qmp",
+    "serial",
+    "ssh",
+    "vm",
+]
 
 MARKER = (
     "nixvm(*machines, isolation=None, memory=None, cores=None, network=None, user=None): run the "
@@ -61,7 +82,9 @@ def pytest_configure(config: pytest.Config) -> None:
         settings = Settings.read(config.getoption, config.getini, ini_directory)
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
-    config.stash[RUN] = Run(config, settings)
+    run = config.stash[RUN] = Run(config, settings)
+    if not run.is_worker:
+        config.pluginmanager.register(Session(run), "nixvm-session")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -126,11 +149,23 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Put the console of a failed test's VMs into its report."""
+    """Gather what a failed test's VMs have to say, before anything is torn down."""
     report = yield
+    run = item.config.stash[RUN]
     if report.failed:
-        report.sections.extend(item.config.stash[RUN].sections(item))
+        run.failed(item, report)
+    elif report.when == "call" and report.passed:
+        run.passed(item)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Drop what was known of a test when it is over."""
+    try:
+        return (yield)
+    finally:
+        item.config.stash[RUN].forget(item)
 
 
 @pytest.hookimpl(tryfirst=True)

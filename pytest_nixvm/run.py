@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import pytest
 
-from pytest_nixvm.errors import NixvmError, SettingsError, UserError, tail
+from pytest_nixvm.errors import NixvmError, SettingsError, UserError
 from pytest_nixvm.progress import Progress, Silent
+from pytest_nixvm.report.cases import Case
+from pytest_nixvm.report.timeline import Recorded, Timeline
 from pytest_nixvm.settings import MachineRequest, Settings
 
 if TYPE_CHECKING:
@@ -37,9 +39,11 @@ class Run:
         self.config = config
         self.settings = settings
         self.booted: list[dict[str, Any]] = []
+        self.kept: list[list[str]] = []  # how to get into each VM that is left running
+        self.timeline = Timeline()
+        self.cases: dict[str, Case] = {}
         self._problems: list[str] = []
-        self._consoles: dict[Machine, int] = {}
-        self._used: dict[str, list[Machine]] = {}
+        self._closed = False
         self._told: dict[str, Any] | None = getattr(config, "workerinput", {}).get("nixvm")
         self._prepared: set[str] = set()
 
@@ -55,7 +59,11 @@ class Run:
 
     @cached_property
     def progress(self) -> Progress:
-        """Where steps are shown: pytest's terminal, whatever is captured meanwhile."""
+        """Where steps are shown, and kept for the timeline."""
+        return Recorded(self._terminal(), self.timeline)
+
+    def _terminal(self) -> Progress:
+        """Return pytest's terminal, whatever is captured meanwhile."""
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
         if self.is_worker or reporter is None or self.config.option.verbose < -1:
             return Silent()
@@ -99,12 +107,17 @@ class Run:
     def close(self) -> None:
         """End every VM."""
         if "fleet" in self.__dict__:
-            if not self.booted:
+            started = self.fleet.started
+            if not self._closed:
                 seen: set[str] = set()
-                for machine in self.fleet.started:
+                for machine in started:
                     self.booted.append(_told(machine, first=machine.name not in seen))
                     seen.add(machine.name)
+                    self.timeline.add_waits(machine.name, machine.transcript.entries)
             self.fleet.close()
+            if not self._closed:
+                self.kept += [kept.lines() for kept in self.fleet.kept]
+            self._closed = True
         if "progress" in self.__dict__:
             self.progress.close()
 
@@ -222,34 +235,61 @@ class Run:
     def acquire(self, item: pytest.Item, name: str) -> Machine:
         """Return the VM that a test shares with others of its isolation."""
         request = self.request(item)
-        machine = self.fleet.acquire(name, request, scope(item, request))
-        self.used(item, machine)
-        return machine
+        before = len(self.fleet.started)
+        try:
+            return self.fleet.acquire(name, request, scope(item, request))
+        finally:
+            # Also one that did not boot: its console belongs to the test's failure.
+            fresh = self.fleet.started[before:]
+            for machine in fresh or self.fleet.sharing(name, request, scope(item, request)):
+                self.used(item, machine, fresh=bool(fresh))
 
-    def used(self, item: pytest.Item, machine: Machine) -> None:
-        """Take note that a test uses a machine: its console goes into the report of a failure."""
-        machines = self._used.setdefault(item.nodeid, [])
-        if machine not in machines:
-            machines.append(machine)
+    def case(self, item: pytest.Item) -> Case:
+        """Return what is known of a test that is under way."""
+        return self.cases.setdefault(item.nodeid, Case(item.nodeid))
+
+    def used(self, item: pytest.Item, machine: Machine, *, fresh: bool) -> None:
+        """Take note that a test uses a machine from now on."""
+        case = self.case(item)
+        if not case.uses(machine):
+            from pytest_nixvm.report.evidence import Mark
+
+            case.marks.append(Mark.set(machine, fresh=fresh))
+
+    def failed(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Gather what a failed test's machines have to say, while they are there."""
+        case = self.cases.get(item.nodeid)
+        if case is None or not case.marks:
+            return
+        found = case.fail(report, self.config, self.settings, self.fleet.out)
+        if self.settings.keep == "failed":
+            for mark in case.marks:
+                self.fleet.keep(mark.machine)
+        if self.config.pluginmanager.hasplugin("html"):
+            from pytest_nixvm.report import html
+
+            html.add(report, found)
+
+    def passed(self, item: pytest.Item) -> None:
+        """Photograph the machines of a test that has passed, where that is asked for."""
+        case = self.cases.get(item.nodeid)
+        if case is not None and self.settings.screenshot == "on":
+            for mark in case.marks:
+                case.photograph(mark, self.fleet.out)
 
     def leave(self, item: pytest.Item, following: pytest.Item | None) -> None:
         """End the VMs that were shared by the tests of a module that is over."""
-        self._used.pop(item.nodeid, None)
         if "fleet" not in self.__dict__:
             return
         module = module_of(item)
         if following is None or module_of(following) != module:
             self.fleet.release(module)
 
-    def sections(self, item: pytest.Item) -> list[tuple[str, str]]:
-        """Return the report sections of a failed test: the consoles of its VMs."""
-        sections = []
-        for machine in self._used.get(item.nodeid, []):
-            log = machine.spec.console_log
-            text = log.read_text("utf-8", "replace") if log.exists() else ""
-            body = f"{tail(text, 15)}\n(all of it: {log})"
-            sections.append((f"Captured console of {machine.name}", body))
-        return sections
+    def forget(self, item: pytest.Item) -> None:
+        """Drop what was known of a test: it is over."""
+        case = self.cases.pop(item.nodeid, None)
+        if case is not None:
+            case.tidy()
 
     # --- xdist -----------------------------------------------------------------------------------
 
@@ -264,13 +304,16 @@ class Run:
             raise pytest.UsageError(str(error)) from error
         return {"machines": machines, "output": str(self.fleet.output)}
 
-    def told(self) -> list[dict[str, Any]]:
+    def told(self) -> dict[str, Any]:
         """Return what a worker tells the controller at its end."""
-        return self.booted
+        return {"booted": self.booted, "kept": self.kept, "timeline": self.timeline.told()}
 
-    def hear(self, told: list[dict[str, Any]] | None) -> None:
+    def hear(self, told: dict[str, Any] | None) -> None:
         """Take a worker's tale into this run's."""
-        self.booted.extend(told or [])
+        if told is not None:
+            self.booted += told["booted"]
+            self.kept += told["kept"]
+            self.timeline.hear(told["timeline"])
 
 
 RUN = pytest.StashKey[Run]()
@@ -332,6 +375,7 @@ def _told(machine: Machine, *, first: bool) -> dict[str, Any]:
         "overrides": [
             f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
         ],
+        "commands": machine.commands_note,
         "output": str(machine.output),
     }
 

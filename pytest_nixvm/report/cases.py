@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nixvm.report import reproduce
-from pytest_nixvm.report.evidence import Evidence, Mark, gather
+from pytest_nixvm.errors import NixvmError
 
 if TYPE_CHECKING:
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.output import Output
+    from pytest_nixvm.report.evidence import Evidence, Mark
     from pytest_nixvm.settings import Settings
 
 LONGEST = 100
@@ -53,6 +54,9 @@ class Case:
         output: Output,
     ) -> list[Evidence]:
         """Gather what there is, and put the few lines that matter into the report."""
+        from pytest_nixvm.report import reproduce
+        from pytest_nixvm.report.evidence import gather
+
         place = self.place(output)
         if self.failed:  # its teardown fails after it has: the machines' state is kept already
             (place / f"failure-{report.when}.txt").write_text(report.longreprtext)
@@ -74,6 +78,17 @@ class Case:
         add_section(report, "nixvm", f"everything else: {place}\nrun it again: {again}")
         report.user_properties.append(("nixvm_output", str(place)))
         return found
+
+    def photograph(self, mark: Mark, output: Output) -> None:
+        """Save a machine's screen in the test's folder, if it has one."""
+        with suppress(NixvmError, OSError):
+            mark.machine.qemu.screenshot(self.where(mark, output) / "screenshot.png")
+
+    def tidy(self) -> None:
+        """Remove the folder of a test that has left nothing in it."""
+        if self.folder is not None:
+            with suppress(OSError):
+                self.folder.rmdir()
 
 
 def add_section(report: pytest.TestReport, title: str, text: str) -> None:

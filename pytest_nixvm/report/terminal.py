@@ -62,5 +62,10 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
         reporter.line(line)
         for override in vm["overrides"]:
             reporter.line(f"    not as configured: {override}", yellow=True)
+        if vm["commands"]:
+            reporter.line(f"    {vm['commands']}", yellow=True)
         if vm["failed_units"]:
             reporter.line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)
+    for lines in run.kept:
+        for line in lines:
+            reporter.line(line, bold=not line.startswith(" "))

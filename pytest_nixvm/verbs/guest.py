@@ -9,6 +9,7 @@ from pathlib import Path
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.guest.result import Command, CommandResult
+from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.qemu.running import Qemu
 from pytest_nixvm.transcript import Transcript
@@ -56,3 +57,8 @@ class Guest(ABC):
     @abstractmethod
     def agent(self) -> Agent:
         """The guest agent. Raises `MachineGoneError`."""
+
+    @property
+    @abstractmethod
+    def ssh(self) -> Ssh:
+        """SSH as whoever the machine lets in. Raises `SshError`."""

@@ -187,6 +187,14 @@ class Power(Guest):
                 on.close()
                 on.qemu.kill()
 
+    def leave_running(self) -> None:
+        """Close every channel, and let QEMU run on when this process ends."""
+        with self._lock:
+            on, self._on = self._on, None
+            if on is not None:
+                on.qemu.process.keep()
+                on.close()
+
     def _drop(self) -> None:
         """Close the channels of a VM that has ended by itself."""
         with self._lock:
