@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pytest_nixvm.errors import AgentError, MachineError, NixvmError, QmpError, ShellError
+from pytest_nixvm.errors import AgentError, MachineError, QmpError, ShellError
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.guest.health import Health
@@ -18,8 +18,6 @@ from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.running import Qemu
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 # runuser keeps root's environment, and with --login it would take no argv.
 _AS_USER = (

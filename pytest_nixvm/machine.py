@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pytest_nixvm.channels import Channels
-from pytest_nixvm.errors import MachineGoneError, NixvmError, OutOfMemoryError
+from pytest_nixvm.errors import MachineGoneError, OutOfMemoryError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.boot import BootReport
@@ -34,8 +34,6 @@ from pytest_nixvm.verbs.power import Power
 from pytest_nixvm.verbs.screen import Screen
 from pytest_nixvm.verbs.units import Units
 from pytest_nixvm.verbs.waits import Waits
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 _KILLED = 128 + 9
 """The exit status of what SIGKILL has ended, which is how the kernel frees memory."""

@@ -26,6 +26,7 @@ from pytest_nixvm.fixtures import (
     vm,
 )
 from pytest_nixvm.report import terminal
+from pytest_nixvm.report.cases import shorten
 from pytest_nixvm.report.session import Session
 from pytest_nixvm.run import RUN, Run
 from pytest_nixvm.settings import OPTIONS, Settings
@@ -147,9 +148,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item,
+    item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Gather what a failed test's VMs have to say, before anything is torn down."""
+    if call.excinfo is not None and not item.config.option.fulltrace:
+        shorten(call.excinfo)
     report = yield
     run = item.config.stash[RUN]
     if report.failed:

@@ -10,10 +10,11 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 
 from pytest_nixvm.errors import (
     ChannelError,
@@ -125,34 +126,13 @@ class Health:
             self._heart.cancel()
             self._heart = None
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
+    def call(self) -> Call:
         """Watch over a call: only while there is one is the guest asked whether it lives.
 
-        Raises the fault there was before, and that of the call's time instead of what it led to.
+        A context manager. It raises the fault there was before, and that of the call's time instead
+        of what it led to.
         """
-        if self.fault is not None:
-            raise self.fault.again()
-        with self._lock:
-            self._calls += 1
-        try:
-            yield
-        except (ChannelError, MachineGoneError):
-            # QEMU's sockets close a moment before its end is known.
-            with suppress(TimeoutError):
-                self._qemu.process.wait(LAG)
-            if self.fault is not None:
-                raise self.fault.again() from None
-            if not self._qemu.alive:
-                raise self._gone() from None
-            raise
-        except MachineError:
-            if self.fault is not None:
-                raise self.fault.again() from None
-            raise
-        finally:
-            with self._lock:
-                self._calls -= 1
+        return Call(self)
 
     def wait_for_end(self, timeout: float) -> None:
         """Wait until QEMU has ended. Raises a fault in the guest, `TimeoutError`."""
@@ -166,6 +146,29 @@ class Health:
     def killed_for_memory(self, since: float) -> OomKill | None:
         """Return what was killed for want of memory since `since`, as far as the console says."""
         return next((kill for kill in reversed(self.oom_kills) if kill.when >= since), None)
+
+    def begin(self) -> None:
+        """Note that a call begins. Raises the fault, if there is one."""
+        if self.fault is not None:
+            raise self.fault.again()
+        with self._lock:
+            self._calls += 1
+
+    def end(self, error: BaseException | None) -> MachineError | None:
+        """Note that a call has ended; return what is to be raised instead of its error, if any."""
+        with self._lock:
+            self._calls -= 1
+        if isinstance(error, ChannelError | MachineGoneError):
+            # QEMU's sockets close a moment before its end is known.
+            with suppress(TimeoutError):
+                self._qemu.process.wait(LAG)
+        if not isinstance(error, MachineError):
+            return None
+        if self.fault is not None:
+            return self.fault.again()
+        if isinstance(error, ChannelError | MachineGoneError) and not self._qemu.alive:
+            return self._gone()
+        return None
 
     # --- what is noticed ------------------------------------------------------------------------
 
@@ -270,3 +273,23 @@ class Health:
 
     def _recent(self) -> str:
         return self._console.text(max(0, self._console.mark() - 16384))
+
+
+class Call:
+    """A call that is watched over; no generator, so that tracebacks stay short."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+
+    def __enter__(self) -> None:
+        self._health.begin()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        instead = self._health.end(error)
+        if instead is not None:
+            raise instead from None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from pytest_nixvm.errors import MachineError, NixvmError
+from pytest_nixvm.errors import MachineError
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.wait import poll
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 COMMAND_TIMEOUT = 60.0
 """Seconds for one call of systemctl or journalctl."""

@@ -22,6 +22,9 @@ LONGEST = 100
 """Characters of a folder's name."""
 
 
+_HOME = Path(__file__).parent.parent
+
+
 @dataclass
 class Case:
     """One test. `folder` is None as long as nothing is in it."""
@@ -89,6 +92,19 @@ class Case:
         if self.folder is not None:
             with suppress(OSError):
                 self.folder.rmdir()
+
+
+def shorten(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Leave our own code out of the traceback of an error of ours: its text says what is wrong."""
+    if not isinstance(excinfo.value, NixvmError):
+        return
+    theirs = excinfo.traceback.filter(lambda entry: not _is_ours(Path(str(entry.path))))
+    if theirs:
+        excinfo.traceback = theirs
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_relative_to(_HOME) or path.name == "contextlib.py"
 
 
 def add_section(report: pytest.TestReport, title: str, text: str) -> None:

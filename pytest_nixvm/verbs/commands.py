@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pytest_nixvm.errors import CommandFailedError, NixvmError, tail
+from pytest_nixvm.errors import CommandFailedError, tail
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
 from pytest_nixvm.wait import Deadline, poll
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 
 class Commands(Guest):

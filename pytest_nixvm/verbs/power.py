@@ -17,8 +17,6 @@ from pytest_nixvm.qemu.supervisor import Supervisor
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
 from pytest_nixvm.wait import Deadline, timed_out
 
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
-
 
 class Power(Guest):
     """Power, and what is open while it is on."""
