@@ -262,6 +262,10 @@ class Run:
         if case is None or not case.marks:
             return
         found = case.fail(report, self.config, self.settings, self.fleet.out)
+        # junit takes a test's properties from the report of its teardown, which is made of these.
+        item.user_properties += [
+            each for each in report.user_properties if each not in item.user_properties
+        ]
         if self.settings.keep == "failed":
             for mark in case.marks:
                 self.fleet.keep(mark.machine)
