@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,7 @@ class Fleet:
             cache=self.settings.cache,
             override_inputs=self.settings.override_input,
             progress=self.progress,
-            logs=self.output,
+            logs=self.out.shared("nix"),
         )
 
     @cached_property
@@ -189,14 +189,20 @@ class Fleet:
         `memory` is in MiB. Raises `FlakeError` if it can't be built, `QemuError` if QEMU does not
         start, `BootError` if it does not get ready.
         """
+        machine = self._make(name, self._request(memory, cores, network))
+        machine.start()
+        return machine
+
+    def _request(
+        self, memory: int | None = None, cores: int | None = None, network: str | None = None
+    ) -> MachineRequest:
         settings = self.settings
-        request = MachineRequest(
+        return MachineRequest(
             isolation=settings.isolation,
             memory=memory or settings.memory,
             cores=cores or settings.cores,
             network="nat" if (network or settings.network) == "nat" else "isolated",
         )
-        return self._start(name, request)
 
     def acquire(self, name: str, request: MachineRequest, scope: str) -> Machine:
         """Return the VM that the tests of `scope` share, booted and ready.
@@ -215,7 +221,8 @@ class Fleet:
             if failed in self._unbootable:
                 raise self._unbootable[failed]
             try:
-                machine = self._start(name, request)
+                machine = self._make(name, request)
+                machine.start()
             except BootError as error:
                 self._unbootable[failed] = error
                 raise
@@ -250,11 +257,13 @@ class Fleet:
             self._shared = {k: each for k, each in self._shared.items() if each is not machine}
 
     def _discard(self, key: _Shared) -> None:
-        machine = self._shared.pop(key)
+        self._end(self._shared.pop(key))
+
+    def _end(self, machine: Machine) -> None:
         machine.kill()
         shutil.rmtree(machine.spec.scratch, ignore_errors=True)
 
-    def _start(self, name: str, request: MachineRequest) -> Machine:
+    def _make(self, name: str, request: MachineRequest) -> Machine:
         from pytest_nixvm.machine import Machine
 
         with self._lock:
@@ -290,8 +299,44 @@ class Fleet:
                 output=output,
             )
             self.started.append(machine)
-        machine.start()
-        return machine
+            return machine
+
+    def run_test_script(
+        self,
+        text: str | Path,
+        machines: Mapping[str, str | Machine] | Sequence[str | Machine],
+        *,
+        name: str = "testScript",
+    ) -> None:
+        """Run a script of the NixOS test driver, a `testScript`, as it is.
+
+            nixvm.run_test_script(text, ["dev-vm", "test-vm"])       # VMs of its own, by name
+            nixvm.run_test_script(text, {"machine": vm})             # a VM that is there already
+
+        A name of the flake's is a VM of the script's own: started when the script first uses it,
+        ended with the script. `text` may be a file's path. The script's output goes to stdout;
+        `name` stands in tracebacks. Raises `ScriptError` for a syntax error in the script, and
+        whatever the script raises.
+        """
+        from pytest_nixvm import script
+
+        made: list[Machine] = []
+
+        def make(machine: str) -> Machine:
+            made.append(self._make(machine, self._request()))
+            return made[-1]
+
+        try:
+            script.run(text, script.makers(machines, make), name)
+        except BaseException:
+            if self.settings.keep == "failed":
+                for machine in made:
+                    self.keep(machine)
+            raise
+        finally:
+            for machine in made:
+                if machine not in self._left_running and self.settings.keep != "always":
+                    self._end(machine)
 
     def interact(self, machine: Machine) -> None:
         """Open a shell in a VM on this terminal, for a look around; `pytest -s` has one.
