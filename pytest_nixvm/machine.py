@@ -27,7 +27,7 @@ from pytest_nixvm.transcript import Transcript
 from pytest_nixvm.verbs.commands import Commands
 from pytest_nixvm.verbs.driver import Driver
 from pytest_nixvm.verbs.files import Files
-from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
+from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT
 from pytest_nixvm.verbs.monitor import QemuMonitor
 from pytest_nixvm.verbs.network import Network
 from pytest_nixvm.verbs.power import Power
@@ -162,7 +162,8 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         the kernel killed the command because its memory ran out.
         """
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        with self.transcript.note("command", display(command)) as entry:
+        shown = display(command).removeprefix(STRICT)
+        with self.transcript.note("command", shown) as entry:
             on = self._opened()
             began = time.time()
             with on.health.call():

@@ -74,6 +74,10 @@ class Output:
                 self._note(path.name)
                 return path
 
+    def shared(self, name: str) -> Path:
+        """Return the path of a directory in it that all processes of a run share; not made."""
+        return self.file(name)
+
     def file(self, name: str) -> Path:
         """Return the path of a file that is about to be written in it."""
         with self._guard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 from pytest_nixvm.errors import QmpError
@@ -111,7 +112,7 @@ class Qemu:
         if self.monitor.events("GUEST_PANICKED"):
             ended = f"the guest's kernel had panicked; {ended}"
         said = read_end(self.spec.qemu_log)
-        if status != 0 and said.strip():
+        if status not in (0, -signal.SIGKILL) and said.strip():  # it had no time for last words
             ended += f"{full_disk(said, self.spec.places)}\nIts last words:\n{quote(said, 15)}"
         return ended
 

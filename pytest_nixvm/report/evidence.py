@@ -52,6 +52,7 @@ class Mark:
     boots: int
     logs: dict[Path, int]  # what the console logs held already
     failed_units: tuple[str, ...] = ()
+    shown: dict[Path, int] = field(default_factory=dict)  # what they hold that is not news
 
     @classmethod
     def set(cls, machine: Machine, *, fresh: bool) -> Mark:
@@ -59,21 +60,25 @@ class Mark:
         uptime = 0.0
         logs: dict[Path, int] = {}
         failed = machine.boots[-1].failed_units if machine.boots else ()
+        sizes = {log: log.stat().st_size for log in console_logs(machine)}
         if not fresh:
             try:
                 uptime = float(machine.run(_UPTIME, timeout=10).stdout)
             except (NixvmError, ValueError):
                 uptime = 0.0
-            logs = {log: log.stat().st_size for log in console_logs(machine)}
-        return cls(machine, time.time(), uptime, len(machine.boots), logs, failed)
+            logs = sizes
+        # The boot of a machine that was started for the test is in the folder, but no news.
+        shown = sizes if machine.is_up() else logs
+        return cls(machine, time.time(), uptime, len(machine.boots), logs, failed, shown)
 
-    def console(self) -> str:
-        """Return what the console has shown since, as plain text."""
+    def console(self, *, news: bool = False) -> str:
+        """Return what the console has shown since, as plain text; `news` is without its boot."""
+        sizes = self.shown if news else self.logs
         parts = []
         for log in console_logs(self.machine):
             cleaner = Cleaner()
             with log.open("rb") as file:
-                file.seek(self.logs.get(log, 0))
+                file.seek(sizes.get(log, 0))
                 parts.append(cleaner.feed(file.read()))
         return "".join(parts)
 
@@ -119,7 +124,7 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
         return machine.run(command, timeout=max(1.0, deadline.remaining())).stdout
 
     commands = mark.commands()
-    console = keep("console.log", mark.console)
+    keep("console.log", mark.console)
     keep("transcript.txt", lambda: "\n".join(render(entry) for entry in commands) + "\n")
     keep("transcript.json", lambda: json.dumps([asdict(entry) for entry in commands], indent=1))
     if screenshot:
@@ -132,7 +137,7 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
         keep("guest.txt", lambda: ask(_GUEST))
         if machine.boots and machine.boots[-1].seconds > SLOW_BOOT:
             keep("blame.txt", lambda: ask("systemd-analyze; systemd-analyze blame --no-pager"))
-    found.lines = _lines(machine, console, commands, new)
+    found.lines = _lines(machine, mark.console(news=True), commands, new)
     return found
 
 

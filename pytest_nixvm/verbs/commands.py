@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pytest_nixvm.errors import CommandFailedError, tail
 from pytest_nixvm.guest.result import CommandResult
-from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
+from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT, Guest
 from pytest_nixvm.wait import Deadline, poll
 
 
@@ -54,7 +54,7 @@ class Commands(Guest):
 
     def _driver_run(self, command: str, timeout: float | None) -> CommandResult:
         seconds = DEFAULT_TIMEOUT if timeout is None else timeout
-        result = self.run(f"set -euo pipefail\n{command}", timeout=seconds)
+        result = self.run(f"{STRICT}{command}", timeout=seconds)
         return replace(result, command=command)
 
     def wait_until_succeeds(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:

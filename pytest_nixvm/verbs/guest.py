@@ -17,6 +17,9 @@ from pytest_nixvm.transcript import Transcript
 DEFAULT_TIMEOUT = 900.0
 """Seconds that the verbs wait, as in the NixOS test driver."""
 
+STRICT = "set -euo pipefail\n"
+"""What the NixOS test driver puts before each command."""
+
 
 class Guest(ABC):
     """A VM as the verbs see it.
