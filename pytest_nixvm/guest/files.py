@@ -206,7 +206,7 @@ def _extract(archive: BinaryIO, into: Path, remote: str) -> None:
                 _finish(path, member)
             else:
                 raise _refused(remote, member.name, "is neither file, directory nor link")
-            tar.members = []  # the list of a long archive would grow without bound
+            tar.members = []  # type: ignore[attr-defined]  # else it grows with the archive
     for path, member in reversed(directories):
         _finish(path, member)  # last: a directory may forbid writing, and writing changes its time
 
