@@ -151,7 +151,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Gather what a failed test's VMs have to say, before anything is torn down."""
-    if call.excinfo is not None and not item.config.option.fulltrace:
+    if call.excinfo is not None:
         shorten(call.excinfo)
     report = yield
     run = item.config.stash[RUN]

@@ -95,16 +95,17 @@ class Case:
 
 
 def shorten(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-    """Leave our own code out of the traceback of an error of ours: its text says what is wrong."""
-    if not isinstance(excinfo.value, NixvmError):
-        return
-    theirs = excinfo.traceback.filter(lambda entry: not _is_ours(Path(str(entry.path))))
-    if theirs:
-        excinfo.traceback = theirs
+    """Leave our own code out of the traceback of an error of ours: its text says what is wrong.
+
+    By pytest's protocol for that, which wants a name in each module on the way.
+    """
+    for entry in excinfo.traceback:
+        if Path(str(entry.path)).is_relative_to(_HOME):
+            entry.frame.f_globals.setdefault("__tracebackhide__", _is_ours)
 
 
-def _is_ours(path: Path) -> bool:
-    return path.is_relative_to(_HOME) or path.name == "contextlib.py"
+def _is_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    return isinstance(excinfo.value, NixvmError)
 
 
 def add_section(report: pytest.TestReport, title: str, text: str) -> None:
