@@ -20,6 +20,8 @@ __tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - 
 
 # Archives name what is copied by this word: the real names are not the other side's business.
 _TOP = "copied"
+# The last member: tar takes an archive that ends early, between two files, for a whole one.
+_LAST = "complete"
 
 _PUT = f"""
 set -u
@@ -36,6 +38,7 @@ part=$(mktemp -d -- "${{dir%/}}/.nixvm-XXXXXX") || exit 1
 trap 'rm -rf -- "$part"' EXIT
 trap 'exit 1' HUP INT TERM
 tar -C "$part" --no-same-owner -xpf - || exit 1
+[ -f "$part/{_LAST}" ] || fail "the copy was cut short"
 if [ -d "$to" ]; then cp -a -- "$part/{_TOP}/." "$to/"; else mv -fT -- "$part/{_TOP}" "$to"; fi
 """
 
@@ -83,6 +86,7 @@ def put(stream: Stream, local: Path, remote: str, timeout: float = 600) -> None:
         try:
             with writer, tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
                 tar.add(source, _TOP, filter=_of_root)
+                tar.addfile(tarfile.TarInfo(_LAST))
         except (BrokenPipeError, ValueError):
             pass  # the guest has stopped reading, and says itself why
         except (OSError, tarfile.TarError) as error:

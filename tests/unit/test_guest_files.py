@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import tarfile
 from collections.abc import Sequence
@@ -117,3 +118,33 @@ def test_a_hostile_archive_is_refused(tmp_path: Path, archive: bytes) -> None:
     with pytest.raises(ChannelError, match="is refused"):
         files.get(guest, "/srv", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_that_is_cut_short_has_no_final_name(tree: Path, tmp_path: Path) -> None:
+    def cut(
+        argv: Sequence[str], *, stdin: BinaryIO | None, stdout: BinaryIO | None, timeout: float
+    ) -> CommandResult:
+        assert stdin is not None
+        data = stdin.read()
+        part = tmp_path / "part"
+        part.write_bytes(data[: data.index(b"complete\0")])
+        with part.open("rb") as file:
+            return local(argv, stdin=file, stdout=None, timeout=timeout)
+
+    with pytest.raises(ChannelError, match="cut short"):
+        files.put(cut, tree, f"{tmp_path}/in")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "tree"]
+
+
+def test_a_gibibyte_takes_no_memory(tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(1 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files.put(local, big, f"{tmp_path}/in")
+    big.unlink()
+    files.get(local, f"{tmp_path}/in", big)
+    (tmp_path / "in").unlink()
+    assert big.stat().st_size == 1 << 30
+    big.unlink()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
