@@ -41,8 +41,14 @@ said=$(timeout 5 "$BASH" -c '<>"/dev/tcp/$0/$1"' "$address" "$port" 2>&1)
 case $? in
   0) echo "Something answers on $address port $port." ;;
   124) echo "Nothing answers on $address port $port: no connection within 5 s." ;;
-  *) said=${said##*connect: }; said=${said%%$'\n'*}
-     echo "Nothing answers on $address port $port: ${said##*: }." ;;
+  *)
+    said=${said##*connect: }
+    said=${said%%$'\n'*}
+    said=${said##*: }
+    echo "Nothing answers on $address port $port: $said."
+    # Whatever listens here has nothing to do with it.
+    [[ $said == 'Connection refused' ]] || exit 0
+    ;;
 esac
 if type -P ss >/dev/null && listening=$(ss -ltnp 2>/dev/null); then
   echo 'What listens in the guest (ss -ltnp):'
@@ -104,12 +110,12 @@ sockets() {
   done <"$2"
   return 1
 }
-"""
-_UNIX = r"""
 is_it() {
   [[ $1 == "$address" ]] && return 0
   [[ ${1##*/} == "${address##*/}" && $address == /* && $1 -ef $address ]]
 }
+"""
+_UNIX = r"""
 calls=0
 happened() {
   local words list
@@ -129,7 +135,9 @@ happened() {
 _UNIX_LOOK = r"""
 eval "address=($name)"
 if [[ $address == @* ]]; then :
-elif [[ -S $address ]]; then echo "$address is a socket, but no process takes anything from it."
+elif [[ -S $address ]] && (kind=$other; sockets is_it /proc/net/unix); then
+  echo "$address is open, but it is a $other socket (is_datagram of the verb tells which)."
+elif [[ -S $address ]]; then echo "$address is a socket, but nobody listens on it any more."
 elif [[ -e $address ]]; then echo "$address is not a socket:"; ls -ld -- "$address"
 else echo "There is no $address."
 fi
@@ -145,8 +153,8 @@ def unix_socket_wait(address: str, *, datagram: bool = False) -> GuestWait:
     """Wait until somebody listens on a unix socket. `address` is shell text, or `@` and a name."""
     if not address:
         raise ValueError("a unix socket needs a path")
-    kind = "datagram" if datagram else "stream"
-    values = f"name={shlex.quote(address)} kind={kind}\n{_LIST.strip()}\n"
+    kind, other = ("datagram", "stream") if datagram else ("stream", "datagram")
+    values = f"name={shlex.quote(address)} kind={kind} other={other}\n{_LIST.strip()}\n"
     return GuestWait(
         f"the {'datagram' if datagram else 'unix'} socket {address}",
         values + _UNIX.strip(),

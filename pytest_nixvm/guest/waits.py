@@ -10,6 +10,7 @@ waited for, and stderr says why.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,10 @@ from pytest_nixvm.errors import (
     ChannelError,
     CommandTimeoutError,
     MachineError,
-    NixvmError,
     tail,
 )
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.wait import timed_out
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 TIMED_OUT = 75
 """EX_TEMPFAIL of sysexits.h."""
@@ -33,6 +31,8 @@ GRACE = 15.0
 """Seconds that the host waits longer than the guest: for a channel that is slow, or stuck."""
 
 LOOK_TIMEOUT = 30.0
+
+_PLACE = re.compile(r"\S+: (?:eval: )?(?:line \d+: )+")
 
 # A shell that is not bash reads the first line only: it stops before what it could not parse.
 _LOOP = r"""
@@ -96,7 +96,9 @@ def wait_in_guest(
     if result.returncode == TIMED_OUT:
         raise timed_out(goal, timeout, look(wait.look, run))
     if not result.ok:
-        said = result.stderr.strip() or f"the loop ended with exit status {result.returncode}"
+        # bash says where in a text that the reader never sees.
+        lines = [_PLACE.sub("", line) for line in result.stderr.strip().splitlines()]
+        said = lines[0] if lines else f"the loop ended with exit status {result.returncode}"
         raise MachineError(f"{goal} can't be waited for: {said}.")
     return result
 
