@@ -1,11 +1,12 @@
 # Each job makes this machine ready first (tools/setup), then does its work; a second run is quick.
 
-.PHONY: help demo test setup clean
+.PHONY: help demo test bench setup clean
 
 help:
 	@echo "make demo    boot the example's two VMs and run its tests in them"
 	@echo "             STANDIN=1 or NIXPKGS=REF decide which nixpkgs they are made of"
 	@echo "make test    everything CI runs: lint, types, unit tests on each Python, VM tests"
+	@echo "make bench   figures, side by side with their limits; on a quiet machine"
 	@echo "make setup   only what both need: system packages and .venv"
 	@echo "make clean   remove .venv and what tools leave behind"
 
@@ -14,6 +15,10 @@ demo:
 
 test:
 	@tools/setup test tools/test
+
+bench:
+	@tools/setup test
+	@.venv/bin/tox run -qq -e bench
 
 setup:
 	@tools/setup test
