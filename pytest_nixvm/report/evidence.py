@@ -27,8 +27,11 @@ TIME = 30.0
 SLOW_BOOT = 60.0
 """Seconds of a boot from which on systemd's own account of it is kept."""
 
-SHOWN_CONSOLE, SHOWN_COMMANDS = 8, 6
-"""Lines of the console, and commands, that the terminal shows; the folder has all."""
+SHOWN_CONSOLE, SHOWN_COMMANDS, SHOWN_UNITS, SHOWN_JOURNAL = 8, 6, 2, 4
+"""What the terminal shows: the console's lines, commands, failed units and lines of their journal.
+
+The folder has all of it.
+"""
 
 _UPTIME = "read -r up rest </proc/uptime && echo $up"
 _UNITS = (
@@ -129,11 +132,12 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
     keep("transcript.json", lambda: json.dumps([asdict(entry) for entry in commands], indent=1))
     if screenshot:
         _photograph(machine, folder, found)
-    new: list[str] = []
+    new: dict[str, list[str]] = {}  # with the end of its journal
     if machine.is_up():
         keep("journal.log", lambda: _journal(mark, ask))
         units = keep("units.txt", lambda: ask(_UNITS))
-        new = [unit for unit in _failed(units) if unit not in mark.failed_units]
+        failed = (unit for unit in _failed(units) if unit not in mark.failed_units)
+        new = {unit: said_by(units, unit) for unit in failed}
         keep("guest.txt", lambda: ask(_GUEST))
         if machine.boots and machine.boots[-1].seconds > SLOW_BOOT:
             keep("blame.txt", lambda: ask("systemd-analyze; systemd-analyze blame --no-pager"))
@@ -187,6 +191,18 @@ def _failed(units: str) -> list[str]:
     return names
 
 
+def said_by(units: str, unit: str) -> list[str]:
+    """Return the last lines of a unit's journal, from the text that has the status of each."""
+    lines = units.splitlines()
+    headings = [at for at, line in enumerate(lines) if line.startswith(("×", "●", "*", "○"))]
+    for at in headings:
+        if lines[at].split()[1:3] == [unit, "-"]:
+            end = next((each for each in headings if each > at), len(lines))
+            status = "\n".join(lines[at:end]).strip()
+            return status.partition("\n\n")[2].splitlines()[-SHOWN_JOURNAL:]
+    return []
+
+
 def render(entry: Entry) -> str:
     """Return an entry of a transcript as a person reads it, with the end of its output."""
     at = time.strftime("%H:%M:%S", time.localtime(entry.began))
@@ -201,14 +217,18 @@ def render(entry: Entry) -> str:
     return text
 
 
-def _lines(machine: Machine, console: str, commands: list[Entry], new: list[str]) -> list[str]:
+def _lines(
+    machine: Machine, console: str, commands: list[Entry], new: dict[str, list[str]]
+) -> list[str]:
     lines = []
     if machine.fault is not None:
         lines.append(str(machine.fault).splitlines()[0])
     if new:
         lines.append(f"newly failed units: {', '.join(new)}")
-    said = tail(console, SHOWN_CONSOLE).splitlines()
-    if any(line.strip() for line in said):
+        for unit in list(new)[:SHOWN_UNITS]:
+            lines += [f"    {line}" for line in new[unit]]
+    said = [line for line in tail(console, SHOWN_CONSOLE).splitlines() if line.strip()]
+    if said:
         lines += ["its console's last lines:", *("    " + line for line in said)]
     last = [entry for entry in commands if entry.depth == 0][-SHOWN_COMMANDS:]
     if last:

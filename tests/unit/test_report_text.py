@@ -10,7 +10,7 @@ import pytest
 from pytest_nixvm.progress import Silent
 from pytest_nixvm.report import github
 from pytest_nixvm.report.cases import LONGEST, slug
-from pytest_nixvm.report.evidence import _failed, _since, render
+from pytest_nixvm.report.evidence import _failed, _since, render, said_by
 from pytest_nixvm.report.timeline import Recorded, Span, Timeline
 from pytest_nixvm.transcript import Transcript
 
@@ -123,6 +123,18 @@ def test_failed_units_are_read_from_systemds_table():
     )
     assert _failed(table) == ["planted.service", "other.timer"]
     assert _failed("0 loaded units listed.\n") == []
+
+
+def test_a_failed_unit_is_shown_with_its_last_words():
+    units = (
+        "  UNIT LOAD ACTIVE SUB DESCRIPTION\n● a.service loaded failed failed a - b\n\n"
+        "× a.service - what it is\n     Loaded: loaded\n\n"
+        "Nov 24 vm sh[1]: one\nNov 24 vm sh[1]: two\n\n"
+        "× aa.service - another\n     Loaded: loaded\n"
+    )
+    assert said_by(units, "a.service") == ["Nov 24 vm sh[1]: one", "Nov 24 vm sh[1]: two"]
+    assert said_by(units, "aa.service") == []
+    assert said_by(units, "b.service") == []
 
 
 def test_the_journal_begins_with_the_test():
