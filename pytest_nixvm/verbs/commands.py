@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+import time
+from contextlib import suppress
 from dataclasses import replace
 
-from pytest_nixvm.errors import CommandFailedError, tail
+from pytest_nixvm.errors import CommandFailedError, CommandTimeoutError, tail
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT, Guest
-from pytest_nixvm.wait import Deadline, poll
+from pytest_nixvm.wait import Deadline, timed_out
+
+_SHORTEST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+"""Seconds between two tries of a command: as long as the last try took, within these."""
+
+# In the background of a shell that ends at once, with no output that anybody would wait for.
+_DETACHED = "timeout {seconds:g} bash -c {text} </dev/null >/dev/null 2>&1 &"
 
 
 class Commands(Guest):
@@ -22,12 +32,18 @@ class Commands(Guest):
     ) -> tuple[int, str]:
         """Run a shell command with `set -euo pipefail`; return its exit status and stdout.
 
-        The NixOS test driver's verb. Without `check_return` the status is -2 and without
-        `check_output` the output is empty, as there. `timeout` None is a day.
+        The NixOS test driver's verb. Without `check_output` the command is only started, and
+        `(-2, "")` returned; what it writes is dropped, and it is ended after `timeout` seconds.
+        Without `check_return` the status is -1. A `timeout` of None is `DEFAULT_TIMEOUT`.
+
+        Raises `CommandTimeoutError` after `timeout` seconds, unless it was only started.
         """
+        if not check_output:
+            seconds = DEFAULT_TIMEOUT if timeout is None else timeout
+            self.run(_DETACHED.format(seconds=seconds, text=shlex.quote(f"{STRICT}{command}")))
+            return -2, ""
         result = self._driver_run(command, timeout)
-        output = result.stdout if check_output else ""
-        return (result.returncode if check_return else -2), output
+        return (result.returncode if check_return else -1), result.stdout
 
     def succeed(self, *commands: str, timeout: float | None = None) -> str:
         """Run shell commands; return their stdout.
@@ -70,21 +86,41 @@ class Commands(Guest):
 
     def _repeat(self, command: str, timeout: float, *, wanted: bool) -> str:
         deadline = Deadline(timeout)
-        last: CommandResult | None = None
+        goal = f"`{command}` to {'succeed' if wanted else 'fail'}"
+        tries = 0
+        with self.transcript.note("wait", goal) as entry:
+            while True:
+                tries += 1
+                seen = len(self.transcript.entries)
+                try:
+                    last = self._driver_run(command, max(1.0, deadline.remaining()))
+                except CommandTimeoutError as error:
+                    # With a wait of its own, whoever reads "try 1" knows that it hangs.
+                    saw = f"Try {tries} did not end: {error}"
+                    raise timed_out(f"{goal} on {self.name}", timeout, saw) from None
+                if last.ok is wanted:
+                    entry.outcome = f"exit status {last.returncode}, at try {tries}"
+                    return last.stdout
+                if deadline.expired:
+                    saw = f"Try {tries}, the last, {_ended(last)}"
+                    raise timed_out(f"{goal} on {self.name}", timeout, saw)
+                # What is quick is asked often, and what is slow does not keep the guest busy.
+                pause = min(max(last.duration, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+                time.sleep(deadline.remaining(pause))
+                # Of thousands of tries the last one tells enough.
+                self._forget(entry.depth + 1, seen)
 
-        def tried() -> bool:
-            nonlocal last
-            last = self._driver_run(command, max(1.0, deadline.remaining()))
-            return last.ok is wanted
+    def _forget(self, depth: int, since: int) -> None:
+        """Drop from the transcript what this thread has run since then, at that depth."""
+        for entry in self.transcript.entries[since:]:
+            if entry.depth == depth and entry.kind == "command" and entry.outcome:
+                with suppress(ValueError):  # another thread was faster
+                    self.transcript.entries.remove(entry)
+                return
 
-        def saw() -> str:
-            if last is None:
-                return ""
-            text = f"The last try ended with exit status {last.returncode}."
-            for name, stream in (("stdout", last.stdout), ("stderr", last.stderr)):
-                text += f"\n{name}:\n{tail(stream, 15)}" if stream.strip() else ""
-            return text
 
-        goal = f"`{command}` to {'succeed' if wanted else 'fail'} on {self.name}"
-        poll(tried, goal, timeout=timeout, saw=saw)
-        return last.stdout if last is not None else ""
+def _ended(result: CommandResult) -> str:
+    text = f"ended with exit status {result.returncode}."
+    for name, stream in (("stdout", result.stdout), ("stderr", result.stderr)):
+        text += f"\n{name}:\n{tail(stream, 15)}" if stream.strip() else ""
+    return text

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pytest_nixvm.errors import NixvmError
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.guest.socket_waits import port_wait, unix_socket_wait
 from pytest_nixvm.guest.waits import GuestWait, file_wait, wait_in_guest
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 
 class Waits(Guest):
