@@ -70,7 +70,13 @@ class Commands(Guest):
 
     def _driver_run(self, command: str, timeout: float | None) -> CommandResult:
         seconds = DEFAULT_TIMEOUT if timeout is None else timeout
-        result = self.run(f"{STRICT}{command}", timeout=seconds)
+        try:
+            result = self.run(f"{STRICT}{command}", timeout=seconds)
+        except CommandTimeoutError as error:
+            # The reader has not written that line.
+            error.args = (str(error).replace(STRICT, "", 1),)
+            error.command = command
+            raise
         return replace(result, command=command)
 
     def wait_until_succeeds(self, command: str, timeout: float = DEFAULT_TIMEOUT) -> str:
@@ -95,14 +101,14 @@ class Commands(Guest):
                 try:
                     last = self._driver_run(command, max(1.0, deadline.remaining()))
                 except CommandTimeoutError as error:
-                    # With a wait of its own, whoever reads "try 1" knows that it hangs.
-                    saw = f"Try {tries} did not end: {error}"
+                    saw = f"Try {tries} was still running then.{_streams(error)}"
                     raise timed_out(f"{goal} on {self.name}", timeout, saw) from None
                 if last.ok is wanted:
                     entry.outcome = f"exit status {last.returncode}, at try {tries}"
                     return last.stdout
                 if deadline.expired:
-                    saw = f"Try {tries}, the last, {_ended(last)}"
+                    saw = f"Try {tries}, the last, ended with exit status {last.returncode}."
+                    saw += _streams(last)
                     raise timed_out(f"{goal} on {self.name}", timeout, saw)
                 # What is quick is asked often, and what is slow does not keep the guest busy.
                 pause = min(max(last.duration, _SHORTEST_PAUSE), _LONGEST_PAUSE)
@@ -119,8 +125,6 @@ class Commands(Guest):
                 return
 
 
-def _ended(result: CommandResult) -> str:
-    text = f"ended with exit status {result.returncode}."
-    for name, stream in (("stdout", result.stdout), ("stderr", result.stderr)):
-        text += f"\n{name}:\n{tail(stream, 15)}" if stream.strip() else ""
-    return text
+def _streams(of: CommandResult | CommandTimeoutError) -> str:
+    said = (("stdout", of.stdout), ("stderr", of.stderr))
+    return "".join(f"\n{name}:\n{tail(text, 15)}" for name, text in said if text.strip())
