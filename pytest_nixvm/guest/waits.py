@@ -65,7 +65,7 @@ class GuestWait:
 
     goal: str
     condition: str
-    look: str
+    look: str = ""
 
     def script(self, timeout: float) -> str:
         """Return the bash text of the loop."""
@@ -81,9 +81,16 @@ class GuestWait:
 
 
 def wait_in_guest(
-    wait: GuestWait, run: Callable[[str, float], CommandResult], *, where: str, timeout: float
+    wait: GuestWait,
+    run: Callable[[str, float], CommandResult],
+    *,
+    where: str,
+    timeout: float,
+    saw: Callable[[], str] | None = None,
 ) -> CommandResult:
     """Wait for something. `run` runs bash text in the guest, with a timeout in seconds.
+
+    `saw` tells what is there instead, in the place of `wait.look`. Returns the loop's result.
 
     Raises `WaitTimeoutError` after `timeout` seconds of guest time, with what is there instead;
     `MachineError` at once for what can't be waited for.
@@ -92,9 +99,9 @@ def wait_in_guest(
     try:
         result = run(wait.script(timeout), timeout + GRACE)
     except CommandTimeoutError:
-        raise timed_out(goal, timeout, look(wait.look, run)) from None
+        raise timed_out(goal, timeout, saw() if saw else look(wait.look, run)) from None
     if result.returncode == TIMED_OUT:
-        raise timed_out(goal, timeout, look(wait.look, run))
+        raise timed_out(goal, timeout, saw() if saw else look(wait.look, run))
     if not result.ok:
         # bash says where in a text that the reader never sees.
         lines = [_PLACE.sub("", line) for line in result.stderr.strip().splitlines()]
