@@ -31,6 +31,15 @@ def keys(monkeypatch):
 
 
 @pytest.fixture
+def screen(monkeypatch, tmp_path):
+    """The file that what the person sees is written to."""
+    path = tmp_path / "screen"
+    with path.open("w") as file:
+        monkeypatch.setattr(sys, "__stdout__", file)
+        yield path
+
+
+@pytest.fixture
 def guest():
     """The guest's end of a serial console, and the VM it is of."""
     with io_thread() as io, short_directory() as place, socket.socket(socket.AF_UNIX) as server:
@@ -54,7 +63,7 @@ def at_work(machine: SimpleNamespace) -> threading.Thread:
     return thread
 
 
-def test_keys_go_to_the_guest_as_they_are_and_its_output_comes_back(keys, guest, capfd):
+def test_keys_go_to_the_guest_as_they_are_and_its_output_comes_back(keys, guest, screen):
     end, machine = guest
     before = termios.tcgetattr(sys.stdin)
     thread = at_work(machine)
@@ -66,14 +75,10 @@ def test_keys_go_to_the_guest_as_they_are_and_its_output_comes_back(keys, guest,
     end.sendall(b"\x1b[1mbin etc\x1b[0m\r\n")
 
     assert received == b"ls\x03\r"  # Control-C is the guest's
-    seen = ""
-
-    def shown() -> bool:
-        nonlocal seen
-        seen += capfd.readouterr().out
-        return "\x1b[1mbin etc\x1b[0m" in seen
-
-    until(shown, "the guest's output, as it was sent")
+    until(
+        lambda: b"\x1b[1mbin etc\x1b[0m" in screen.read_bytes(),
+        "the guest's output, as it was sent",
+    )
     os.write(keys, b"x\x1d")
     thread.join(5)
     assert not thread.is_alive()
