@@ -26,6 +26,8 @@ from pytest_nixvm.script_machine import ScriptMachine
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
 from pytest_nixvm.wait import timed_out
 
+__tracebackhide__ = True  # the script's own lines are what its author reads
+
 _number = itertools.count(1)
 
 
@@ -47,14 +49,17 @@ def run(text: str | Path, machines: Sequence[Maker], name: str = "testScript") -
     names = driver.names()
     try:
         exec(code, names)  # noqa: S102 - running the user's test is what this is for
+        for machine in wrapped:
+            machine.finish()
     except NameError as error:
         error.add_note(
             "The script has the names of the NixOS test driver, and of its machines: "
             f"{', '.join(each for each, _ in machines) or 'none'}."
         )
         raise
-    for machine in wrapped:
-        machine.finish()
+    finally:
+        for machine in wrapped:
+            machine.abandon()
 
 
 Maker = tuple[str, Callable[[], Any]]

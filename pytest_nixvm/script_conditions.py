@@ -12,6 +12,8 @@ from pytest_nixvm.script_log import ScriptLog
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
 from pytest_nixvm.wait import poll
 
+__tracebackhide__ = True  # the script's own lines are what its author reads
+
 T = TypeVar("T")
 
 INTERVAL = 2.0

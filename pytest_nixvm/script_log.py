@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+__tracebackhide__ = True  # the script's own lines are what its author reads
+
 
 class ScriptLog:
     """The `log` of a test script. Lines go to stdout, which pytest shows for a test that failed.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,8 @@ from pytest_nixvm.errors import MachineError, MachineGoneError
 from pytest_nixvm.machine import Machine
 from pytest_nixvm.script_conditions import Conditions
 from pytest_nixvm.script_log import ScriptLog
+
+__tracebackhide__ = True  # the script's own lines are what its author reads
 
 _WHATEVER_POWER = frozenset({"is_up", "fault", "wait_for_shutdown", "shutdown", "crash", "kill"})
 """What is asked of a machine as it is: it isn't started for that."""
@@ -213,6 +214,13 @@ class ScriptMachine:
         """Wait for the end of a boot that nobody waited for. Raises what it raised."""
         self._joined()
 
+    def abandon(self) -> None:
+        """Cut a boot short that is under way: nobody waits for it any more."""
+        while self._boot is not None and self._boot.thread.is_alive():
+            if self._vm is not None and self._powered():
+                self._vm.qemu.kill()
+            self._boot.thread.join(0.1)
+
 
 class _Boot:
     """A start in a thread of its own, and what it raised."""
@@ -234,7 +242,7 @@ class _Boot:
 def _shown(machine: str, verb: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Return a call as it may stand in the script, on one line."""
     given = [repr(arg) for arg in args] + [f"{name}={value!r}" for name, value in kwargs.items()]
-    text = re.sub(r"\s+", " ", ", ".join(given))
+    text = " ".join(", ".join(given).splitlines())
     if len(text) > _SHOWN:
         text = text[:_SHOWN] + " …"
     return f"{machine}.{verb}({text})"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from pytest_nixvm.errors import NixvmError
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
 from pytest_nixvm.verbs.power import Power
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 # The switch stops everything that the initrd runs, this channel's own unit included, so it is
 # asked for and not waited for.
@@ -21,7 +18,7 @@ class Driver(Power):
     """The NixOS test driver's verbs that have no subject of their own."""
 
     @contextmanager
-    def nested(self, msg: str) -> Iterator[None]:
+    def nested(self, msg: str, attrs: Mapping[str, str] | None = None) -> Iterator[None]:  # noqa: ARG002 - the driver's signature
         """Print `msg`, and after the block how long it took; the transcript has it as well."""
         with self.transcript.note("note", msg):
             print(f"{self.name}: {msg}")
