@@ -8,6 +8,7 @@ where a field is there several times, and null where it was too long to be shown
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,16 @@ TIMEOUT = 120.0
 
 Since = datetime | float | str
 """A time with its zone, seconds since the epoch, or what systemd.time(7) takes ("-5min")."""
+
+# What a process has just written may still be on its way to journald. That logs the request, which
+# is nothing that the reader of the journal has done, and is left out.
+_FLUSHED = 'journalctl --sync 2>/dev/null; exec "$@"'
+_FLUSH_LOGGED = re.compile(
+    r"^.* systemd-journald\[\d+\]: Received client request to sync journal\.\n", re.MULTILINE
+)
+_FLUSH_MESSAGE = ("systemd-journald", "Received client request to sync journal.")
+
+_CURSOR = "-- cursor: "
 
 PRIORITIES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
 
@@ -93,22 +104,21 @@ def read_journal(
     if grep is not None:
         words.append(f"--grep={grep}")
     if lines is not None:
-        words.append(f"--lines={int(lines)}")
+        words.append(f"--lines={lines + 1}")  # one may be ours
     result = _journalctl(run, [*words, *matches], where, timeout)
-    entries = Journal(parse_entry(line) for line in result.stdout_bytes.splitlines() if line)
-    # With --grep and --lines journalctl searches, and answers, from the end.
-    return Journal(reversed(entries)) if _is_backwards(entries) else entries
+    entries = [parse_entry(line) for line in result.stdout_bytes.splitlines() if line]
+    if _is_backwards(entries):  # with --grep and --lines journalctl searches from the end
+        entries.reverse()
+    entries = [e for e in entries if (e.identifier, e.message) != _FLUSH_MESSAGE]
+    return Journal(entries if lines is None else entries[max(0, len(entries) - lines) :])
 
 
 def cursor(run: Run, *, where: str, timeout: float = TIMEOUT) -> str:
     """Return the cursor of the newest entry; empty if the journal is."""
     words = ["journalctl", "--quiet", "--no-pager", "--lines=1", "--output=cat", "--show-cursor"]
-    result = _journalctl(run, words, where, timeout)
+    result = _journalctl(run, words, where, timeout, flush=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(_CURSOR)]
     return lines[-1].removeprefix(_CURSOR) if lines else ""
-
-
-_CURSOR = "-- cursor: "
 
 
 def text_after(run: Run, after: str, *, where: str, timeout: float = TIMEOUT) -> str:
@@ -116,11 +126,13 @@ def text_after(run: Run, after: str, *, where: str, timeout: float = TIMEOUT) ->
     words = ["journalctl", "--quiet", "--no-pager", "--all", "--output=short-precise"]
     # An empty cursor was taken when there was no entry yet.
     words.append(f"--after-cursor={after}" if after else "--boot=0")
-    return _journalctl(run, words, where, timeout).stdout
+    return _FLUSH_LOGGED.sub("", _journalctl(run, words, where, timeout).stdout)
 
 
-def _journalctl(run: Run, words: Sequence[str], where: str, timeout: float) -> CommandResult:
-    result = run(words, timeout)
+def _journalctl(
+    run: Run, words: Sequence[str], where: str, timeout: float, *, flush: bool = True
+) -> CommandResult:
+    result = run(words if not flush else ["sh", "-c", _FLUSHED, "sh", *words], timeout)
     said = result.stderr.strip()
     # --grep that finds nothing ends with 1 and no word, and so does nothing else.
     if result.returncode > 1 or (result.returncode == 1 and said):

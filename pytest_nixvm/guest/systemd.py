@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping
 
@@ -18,9 +19,8 @@ from pytest_nixvm.guest.waits import GuestWait, wait_in_guest
 COMMAND_TIMEOUT = 60.0
 """Seconds for one call of systemctl or journalctl."""
 
-SUFFIXES = frozenset(
-    ("service", "socket", "target", "device", "mount", "automount")
-    + ("swap", "path", "timer", "slice", "scope")
+_SUFFIX = re.compile(
+    r"\.(service|socket|target|device|mount|automount|swap|path|timer|slice|scope)$"
 )
 
 # A manager of a user's own takes calls from nobody else, root included.
@@ -145,7 +145,7 @@ class Systemd:
             return f"Its status and journal could not be read: {error}"
         entries = logged.stdout.rstrip() or logged.stderr.rstrip()
         if not entries:
-            return f"{status}Its journal is empty."
+            return f"{status}It has logged nothing since the boot."
         return f"{status}Its journal's last lines:\n{entries}"
 
     def wait_for_unit(self, unit: str, timeout: float) -> None:
@@ -203,7 +203,7 @@ class Systemd:
 
 def full_name(unit: str) -> str:
     """Return a unit's name with its suffix: ".service" if it has none, as systemctl takes it."""
-    if unit.startswith("/") or unit.rpartition(".")[2] in SUFFIXES:
+    if unit.startswith("/") or _SUFFIX.search(unit):
         return unit
     return f"{unit}.service"
 
