@@ -19,7 +19,6 @@ from pytest_nixvm.errors import (
     ChannelError,
     CommandTimeoutError,
     MachineError,
-    tail,
 )
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.wait import timed_out
@@ -31,6 +30,7 @@ GRACE = 15.0
 """Seconds that the host waits longer than the guest: for a channel that is slow, or stuck."""
 
 LOOK_TIMEOUT = 30.0
+LOOK_LINES = 40
 
 _PLACE = re.compile(r"\S+: (?:eval: )?(?:line \d+: )+")
 
@@ -116,7 +116,9 @@ def look(script: str, run: Callable[[str, float], CommandResult]) -> str:
         result = run(script, LOOK_TIMEOUT)
     except (ChannelError, CommandTimeoutError) as error:
         return f"What is there instead could not be seen: {error}"
-    return tail((result.stdout.rstrip() + "\n" + result.stderr.rstrip()).strip(), 60)
+    lines = f"{result.stdout.rstrip()}\n{result.stderr.rstrip()}".strip().splitlines()
+    left = len(lines) - LOOK_LINES
+    return "\n".join([*lines[:LOOK_LINES], *([f"[and {left} lines more]"] if left > 0 else [])])
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -154,11 +156,11 @@ else
     echo "$place is not a directory:"
     ls -ld -- "$place"
   elif [[ $place == "${path%/*}" || $place == / && $path != /*/* ]]; then
-    echo "It is not there. Its directory $place holds:"
-    ls -lA -- "$place"
+    echo "It is not there. Its directory $place holds, newest first:"
+    ls -lAt -- "$place"
   else
-    echo "It is not there, and neither is its directory. The nearest one, $place, holds:"
-    ls -lA -- "$place"
+    echo "It is not there, and neither is its directory. The nearest one, $place, holds, newest first:"
+    ls -lAt -- "$place"
   fi
 fi
 """
