@@ -379,3 +379,33 @@ class _Vm:
         if command == "hang":
             assert self.let_go.wait(30)
         return ""
+
+
+# --- docs/verbs.md ---------------------------------------------------------------------------
+
+
+def test_the_page_of_the_verbs_has_every_verb_with_its_signature():
+    page = (ROOT / "docs" / "verbs.md").read_text(encoding="utf-8")
+
+    listed = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+
+    assert sorted(listed) == sorted(
+        _signature(name) for name in dir(Machine) if not name.startswith("_")
+    )
+
+
+def _signature(name: str) -> str:
+    """A verb as the page writes it: names and defaults, no types."""
+    member = inspect.getattr_static(Machine, name)
+    if not callable(member):
+        return name
+    parts: list[str] = []
+    for each in list(inspect.signature(member).parameters.values())[1:]:
+        if each.kind is each.VAR_POSITIONAL:
+            parts.append(f"*{each.name}")
+            continue
+        if each.kind is each.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
+            parts.append("*")
+        default = f"{each.default:g}" if isinstance(each.default, float) else repr(each.default)
+        parts.append(each.name if each.default is each.empty else f"{each.name}={default}")
+    return f"{name}({', '.join(parts)})"
