@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,8 @@ class Fleet:
         self._output = output
         self.started: list[Machine] = []
         self.kept: list[Kept] = []
+        # Called with each machine before it is powered on; `shared` is False for those of `start`.
+        self.on_start: Callable[[Machine, bool], None] = lambda *_: None
         self._known = None if known is None else tuple(known)
         self._builds: dict[str, VmBuild] = {}
         self._shared: dict[_Shared, Machine] = {}
@@ -228,12 +230,6 @@ class Fleet:
                 raise
             self._shared[key] = machine
             return machine
-
-    def sharing(self, name: str, request: MachineRequest, scope: str) -> list[Machine]:
-        """Return the VM that the tests of `scope` share, if there is one now."""
-        key = _Shared(name, request.memory, request.cores, request.network, scope)
-        with self._lock:
-            return [self._shared[key]] if key in self._shared else []
 
     def release(self, scope: str) -> None:
         """End the VMs that the tests of `scope` shared."""

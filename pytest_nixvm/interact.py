@@ -12,7 +12,7 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pytest_nixvm.errors import MachineError, NixvmError
@@ -56,7 +56,8 @@ def console(machine: Guest) -> None:
 
     def take(data: bytes) -> None:
         arrived.put(data)
-        os.write(writing, b"x")
+        with suppress(BlockingIOError):  # it is full: whoever reads is told already
+            os.write(writing, b"x")
 
     with machine.transcript.note("interact", "serial console"):
         print(f"{machine.name}: the serial console. Control-] leaves it.")
@@ -72,9 +73,7 @@ def console(machine: Guest) -> None:
         print()
 
 
-def _relay(
-    machine: Guest, terminal: int, reading: int, arrived: queue.SimpleQueue[bytes]
-) -> None:
+def _relay(machine: Guest, terminal: int, reading: int, arrived: queue.SimpleQueue[bytes]) -> None:
     while not machine.console.closed:
         ready, _, _ = select.select([terminal, reading], [], [], 1.0)
         if reading in ready:

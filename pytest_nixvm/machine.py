@@ -73,6 +73,7 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         self.output = output
         self.progress = progress
         self.boots: list[BootReport] = []
+        self.settled: dict[Path, int] = {}  # bytes of each console log when its last boot was over
         self.qemu_version: tuple[int, ...] = ()  # of the last power-on
         self.transcript = Transcript()
         self._supervisor = supervisor

@@ -164,7 +164,8 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Drop what was known of a test when it is over."""
+    """Note which test is under way; drop what was known of it when it is over."""
+    item.config.stash[RUN].begin(item)
     try:
         return (yield)
     finally:

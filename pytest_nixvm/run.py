@@ -44,6 +44,8 @@ class Run:
         self.cases: dict[str, Case] = {}
         self._problems: list[str] = []
         self._closed = False
+        self._current: pytest.Item | None = None
+        self._own: list[Machine] = []  # what tests have started by themselves
         self._told: dict[str, Any] | None = getattr(config, "workerinput", {}).get("nixvm")
         self._prepared: set[str] = set()
 
@@ -95,14 +97,15 @@ class Run:
         from pytest_nixvm.flake.build import MachineInfo
         from pytest_nixvm.fleet import Fleet
 
-        if self._told is None:
-            return Fleet(self.settings, progress=self.progress)
-        return Fleet(
+        told = self._told
+        fleet = Fleet(
             self.settings,
             progress=self.progress,
-            output=Path(self._told["output"]),
-            known=[MachineInfo(**machine) for machine in self._told["machines"]],
+            output=Path(told["output"]) if told else None,
+            known=[MachineInfo(**machine) for machine in told["machines"]] if told else None,
         )
+        fleet.on_start = self._started
+        return fleet
 
     def close(self) -> None:
         """End every VM."""
@@ -235,14 +238,23 @@ class Run:
     def acquire(self, item: pytest.Item, name: str) -> Machine:
         """Return the VM that a test shares with others of its isolation."""
         request = self.request(item)
-        before = len(self.fleet.started)
-        try:
-            return self.fleet.acquire(name, request, scope(item, request))
-        finally:
-            # Also one that did not boot: its console belongs to the test's failure.
-            fresh = self.fleet.started[before:]
-            for machine in fresh or self.fleet.sharing(name, request, scope(item, request)):
-                self.used(item, machine, fresh=bool(fresh))
+        machine = self.fleet.acquire(name, request, scope(item, request))
+        self.used(item, machine, fresh=False)
+        return machine
+
+    def begin(self, item: pytest.Item) -> None:
+        """Note that a test begins, with the VMs that tests have started by themselves."""
+        self._current = item
+        for machine in self._own:
+            if machine.is_up():
+                self.used(item, machine, fresh=False)
+
+    def _started(self, machine: Machine, shared: bool) -> None:
+        """Note that a VM is about to be powered on; should it not boot, its console counts."""
+        if not shared:
+            self._own.append(machine)
+        if self._current is not None:
+            self.used(self._current, machine, fresh=True)
 
     def case(self, item: pytest.Item) -> Case:
         """Return what is known of a test that is under way."""
@@ -291,6 +303,7 @@ class Run:
 
     def forget(self, item: pytest.Item) -> None:
         """Drop what was known of a test: it is over."""
+        self._current = None
         case = self.cases.pop(item.nodeid, None)
         if case is not None:
             case.tidy()

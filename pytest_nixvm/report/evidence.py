@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 TIME = 30.0
 """Seconds for all that a VM is asked."""
 
+PATIENCE = 10.0
+"""Seconds for one question."""
+
 SLOW_BOOT = 60.0
 """Seconds of a boot from which on systemd's own account of it is kept."""
 
@@ -55,7 +58,6 @@ class Mark:
     boots: int
     logs: dict[Path, int]  # what the console logs held already
     failed_units: tuple[str, ...] = ()
-    shown: dict[Path, int] = field(default_factory=dict)  # what they hold that is not news
 
     @classmethod
     def set(cls, machine: Machine, *, fresh: bool) -> Mark:
@@ -63,27 +65,29 @@ class Mark:
         uptime = 0.0
         logs: dict[Path, int] = {}
         failed = machine.boots[-1].failed_units if machine.boots else ()
-        sizes = {log: log.stat().st_size for log in console_logs(machine)}
         if not fresh:
             try:
                 uptime = float(machine.run(_UPTIME, timeout=10).stdout)
             except (NixvmError, ValueError):
                 uptime = 0.0
-            logs = sizes
-        # The boot of a machine that was started for the test is in the folder, but no news.
-        shown = sizes if machine.is_up() else logs
-        return cls(machine, time.time(), uptime, len(machine.boots), logs, failed, shown)
+            logs = {log: log.stat().st_size for log in console_logs(machine)}
+        return cls(machine, time.time(), uptime, len(machine.boots), logs, failed)
 
     def console(self, *, news: bool = False) -> str:
         """Return what the console has shown since, as plain text; `news` is without its boot."""
-        sizes = self.shown if news else self.logs
         parts = []
         for log in console_logs(self.machine):
             cleaner = Cleaner()
             with log.open("rb") as file:
-                file.seek(sizes.get(log, 0))
+                start = self.logs.get(log, 0)
+                file.seek(max(start, self.machine.settled.get(log, 0)) if news else start)
                 parts.append(cleaner.feed(file.read()))
         return "".join(parts)
+
+    def known_failures(self) -> tuple[str, ...]:
+        """Return the units that had failed already: those of the boot, if that is the test's."""
+        boots = self.machine.boots
+        return boots[0].failed_units if self.boots == 0 and boots else self.failed_units
 
     def commands(self) -> list[Entry]:
         """Return what was done to the machine since."""
@@ -113,6 +117,7 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
     found = Evidence(machine.name, folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     deadline = Deadline(TIME)
+    silent = ""
 
     def keep(name: str, content: Callable[[], str]) -> str:
         try:
@@ -124,7 +129,14 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
         return text
 
     def ask(command: str) -> str:
-        return machine.run(command, timeout=max(1.0, deadline.remaining())).stdout
+        nonlocal silent
+        if silent or deadline.expired:
+            raise ValueError(silent or f"{TIME:g} s were over")
+        try:
+            return machine.run(command, timeout=max(1.0, deadline.remaining(PATIENCE))).stdout
+        except NixvmError as error:
+            silent = str(error).splitlines()[0]  # it is not asked again
+            raise
 
     commands = mark.commands()
     keep("console.log", mark.console)
@@ -136,7 +148,7 @@ def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
     if machine.is_up():
         keep("journal.log", lambda: _journal(mark, ask))
         units = keep("units.txt", lambda: ask(_UNITS))
-        failed = (unit for unit in _failed(units) if unit not in mark.failed_units)
+        failed = (unit for unit in _failed(units) if unit not in mark.known_failures())
         new = {unit: said_by(units, unit) for unit in failed}
         keep("guest.txt", lambda: ask(_GUEST))
         if machine.boots and machine.boots[-1].seconds > SLOW_BOOT:

@@ -19,17 +19,18 @@ class Session:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._failures: list[github.Failure] = []
-        self._passed = 0
+        self._passed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a test's time, and why it failed."""
         if report.when == "call" and report.passed:
-            self._passed += 1
+            self._passed.add(report.nodeid)
         if report.when == "call" or (report.failed and report.duration > 0):
             began = getattr(report, "start", 0.0)
             title = report.nodeid.rpartition("::")[2]
             self._run.timeline.add(Span("test", title, began, report.duration, not report.failed))
         if report.failed:
+            self._passed.discard(report.nodeid)
             self._failures.append(_failure(report))
 
     @pytest.hookimpl(trylast=True)
@@ -41,7 +42,7 @@ class Session:
         picture = run.timeline.svg()
         if picture and self._failures:
             run.fleet.out.file("timeline.svg").write_text(picture, encoding="utf-8")
-        github.write_summary(github.summary(self._failures, run.booted, self._passed))
+        github.write_summary(github.summary(self._failures, run.booted, len(self._passed)))
         if github.is_here():
             for failure in self._failures:
                 terminalreporter.line(github.annotation(failure))

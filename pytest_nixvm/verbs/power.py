@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import MachineError, MachineGoneError, NixvmError, QmpError
@@ -23,6 +24,7 @@ class Power(Guest):
 
     spec: LaunchSpec
     boots: list[BootReport]
+    settled: dict[Path, int]
     qemu_version: tuple[int, ...]
     _supervisor: Supervisor
     _io: IoThread
@@ -74,8 +76,13 @@ class Power(Guest):
                 step.fail(first_line(error))
                 self.kill()
                 raise
-            self.boots.append(report)
+            self._booted(report)
             step.finish(_summary(report, self.spec))
+
+    def _booted(self, report: BootReport) -> None:
+        self.boots.append(report)
+        log = self.spec.console_log
+        self.settled[log] = log.stat().st_size if log.exists() else 0
 
     def shutdown(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Shut the machine down from inside, as `poweroff` does, and wait for its end.
@@ -153,7 +160,7 @@ class Power(Guest):
             on.qemu, on.console, on.agent, deadline=deadline, step=step, since=since
         )
         on.watch()
-        self.boots.append(report)
+        self._booted(report)
         step.finish(_summary(report, self.spec))
 
     def _boot_id(self, on: Channels) -> bytes:
