@@ -159,7 +159,7 @@ else
     echo "It is not there. Its directory $place holds, newest first:"
     ls -lAt -- "$place"
   else
-    echo "It is not there, and neither is its directory. The nearest one, $place, holds, newest first:"
+    echo "Its directory is not there either. The nearest one, $place, holds, newest first:"
     ls -lAt -- "$place"
   fi
 fi

@@ -1,0 +1,199 @@
+"""Units, the journal and the boot's times in a real guest."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from pytest_nixvm.errors import MachineError, WaitTimeoutError
+
+
+@pytest.fixture(scope="module")
+def vm(fleet_of):
+    vm = fleet_of("example").start("dev-vm")
+    yield vm
+    vm.kill()
+
+
+@pytest.fixture
+def unit_file(vm):
+    """Make a unit for the time of the test: `unit_file(name, text)`."""
+    made = []
+
+    def make(name, text):
+        made.append(name)
+        vm.run(f"mkdir -p /run/systemd/system; cat >/run/systemd/system/{name}", stdin=text)
+        vm.succeed("systemctl daemon-reload")
+        return vm.unit(name)
+
+    yield make
+    for name in made:
+        vm.run(
+            f"systemctl stop {name}; systemctl reset-failed {name}; rm /run/systemd/system/{name}"
+        )
+    vm.succeed("systemctl daemon-reload")
+
+
+def service(command, kind="oneshot", more=""):
+    shell = "/run/current-system/sw/bin/bash"
+    return (
+        f"[Service]\nType={kind}\nRemainAfterExit=yes\n{more}\nExecStart={shell} -c '{command}'\n"
+    )
+
+
+# --- units --------------------------------------------------------------------------------------
+
+
+def test_a_unit(vm):
+    sshd = vm.unit("sshd")
+
+    assert (sshd.name, sshd.state, sshd.sub_state) == ("sshd.service", "active", "running")
+    assert (sshd.load_state, sshd.result) == ("loaded", "success")
+    assert sshd.is_active
+    assert not sshd.failed
+    assert sshd.properties["MainPID"] == str(sshd.main_pid)
+    assert "sshd.service" in sshd.status
+    before = sshd.main_pid
+    sshd.restart()
+    sshd.wait_active(60)
+    assert sshd.main_pid != before
+    assert "Server listening" in sshd.journal(lines=10).text
+
+
+def test_a_unit_that_is_not_there(vm):
+    nothing = vm.unit("nothing")
+
+    assert nothing.load_state == "not-found"
+    with pytest.raises(MachineError, match=r"`systemctl start nothing.service` on dev-vm: .*not f"):
+        nothing.start()
+    with pytest.raises(MachineError, match="does not exist"):
+        vm.wait_for_unit("nothing")
+
+
+def test_a_unit_that_fails(vm, unit_file):
+    till = unit_file("till.service", service("echo no drawer; exit 3"))
+
+    with pytest.raises(MachineError, match=r"(?s)start till.service.*status=3.*no drawer"):
+        till.start()
+
+    assert till.failed
+    assert till.result == "exit-code"
+    assert vm.failed_units() == ("till.service",)
+    with pytest.raises(MachineError, match=r"(?s)has failed \(result: exit-code\).*no drawer"):
+        vm.wait_for_unit("till")
+
+
+def test_a_unit_whose_memory_runs_out(vm, unit_file):
+    text = service(
+        "head -c 50M /dev/zero | tail", "exec", "MemoryMax=2M\nMemorySwapMax=0\nRestart=no"
+    )
+    vm.start_job(unit_file("greedy.service", text).name)
+
+    with pytest.raises(MachineError, match=r"has failed because memory ran out"):
+        vm.wait_for_unit("greedy")
+
+
+def test_a_unit_on_its_way_is_waited_for(vm, unit_file):
+    slow = unit_file("slow.service", service("sleep 3"))
+    assert vm.systemctl("start --no-block slow") == (0, "")
+
+    with pytest.raises(WaitTimeoutError, match=r"(?s)slow.service to be active.*activating"):
+        slow.wait_active(timeout=0.2)
+    with pytest.raises(MachineError, match=r"(?s)is activating, and should be active.*slow"):
+        vm.require_unit_state("slow")
+    vm.wait_for_unit("slow")
+
+    vm.require_unit_state("slow")
+    assert vm.stop_job("slow") == (0, "")
+    vm.require_unit_state("slow", "inactive")
+    with pytest.raises(MachineError, match="inactive, and no job"):
+        vm.wait_for_unit("slow")
+
+
+def test_properties(vm):
+    assert vm.get_unit_info("sshd")["Id"] == "sshd.service"
+    assert vm.get_unit_property("sshd", "ActiveState") == "active"
+    with pytest.raises(MachineError, match="has no property 'Nope'"):
+        vm.get_unit_property("sshd", "Nope")
+    assert vm.systemctl("is-active sshd nothing.service")[1] == "active\ninactive\n"
+
+
+def test_a_user_s_own_units(vm, unit_file):
+    with pytest.raises(MachineError, match=r"(?s)alice has no systemd.*linger"):
+        vm.wait_for_unit("basic.target", user="alice")
+    uid = vm.succeed("id -u alice").strip()
+    # The stand-in's PAM has no pam_systemd, which would set that.
+    vm.run(
+        f"mkdir -p /run/systemd/system/user@{uid}.service.d; "
+        f"cat >/run/systemd/system/user@{uid}.service.d/runtime.conf",
+        stdin=f"[Service]\nEnvironment=XDG_RUNTIME_DIR=/run/user/{uid}\n",
+        check=True,
+    )
+    vm.succeed("systemctl daemon-reload", f"systemctl start user@{uid}")
+
+    vm.wait_for_unit("basic.target", user="alice")
+
+    assert vm.systemctl("is-active basic.target", user="alice") == (0, "active\n")
+    unit = vm.unit("basic.target", user="alice")
+    assert unit.is_active
+    assert "basic.target" in unit.journal().text
+    with pytest.raises(MachineError, match=r"nothing.service on dev-vm does not exist"):
+        vm.wait_for_unit("nothing", user="alice")
+
+
+# --- the journal --------------------------------------------------------------------------------
+
+
+def test_the_journal(vm):
+    began = datetime.now(UTC)
+    cursor = vm.journal_cursor()
+    vm.run(
+        "systemd-cat --identifier=till",
+        stdin=b"<3>no drawer\nbin\xffary\n<7>noise\n",
+        check=True,
+    )
+
+    entries = vm.journal(grep="drawer|noise")
+
+    assert entries.messages == ("no drawer", "noise")
+    assert [(entry.identifier, entry.priority) for entry in entries] == [("till", 3), ("till", 7)]
+    assert abs((entries[0].time - began).total_seconds()) < 300
+    assert "till[" in entries.text
+    assert vm.journal(priority="err", grep="drawer|noise").messages == ("no drawer",)
+    assert vm.journal(grep="drawer|noise", lines=1).messages == ("noise",)
+    assert vm.journal(since=entries[1].time, grep="drawer|noise|ary").messages[-1] == "noise"
+    assert vm.journal(grep="no such words") == ()
+    after = vm.journal_text(cursor)
+    assert "no drawer" in after
+    assert "bin\ufffdary" in after
+    assert "Linux version" not in after
+    assert "Linux version" in vm.journal_text()
+    assert vm.journal_text(vm.journal_cursor()) == ""
+
+
+def test_the_journal_of_a_unit(vm):
+    assert {entry.unit for entry in vm.journal(unit="sshd")} == {"sshd.service"}
+    assert vm.journal(boot=None).messages[0] != ""
+
+
+def test_what_journalctl_does_not_understand(vm):
+    for wrong in ({"priority": "bad"}, {"since": "one day"}, {"boot": -9}):
+        with pytest.raises(MachineError, match="The journal of dev-vm could not be read: "):
+            vm.journal(**wrong)
+    with pytest.raises(MachineError, match="could not be read"):
+        vm.journal_text("no cursor")
+
+
+# --- the boot -----------------------------------------------------------------------------------
+
+
+def test_boot_times(vm):
+    times = vm.boot_times()
+
+    assert times.finished
+    assert 0 < times.kernel < times.total
+    assert 0 < times.userspace < times.total
+    assert "systemd-journald.service" in dict(times.blame)
+    assert [seconds for _, seconds in times.blame] == sorted(dict(times.blame).values())[::-1]
+    assert "multi-user.target" in times.critical_chain
