@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from pytest_nixvm.guest.systemd import Systemd, parse_properties
 
+# An emulated guest that is busy takes half a minute for the critical chain.
+_TIMEOUT = 300.0
+
 _STAMPS = ("Firmware", "Loader", "InitRD", "Userspace", "Finish")
 
 # systemd.time(7): what systemd-analyze prints, "1min 2.345s" for one.
@@ -34,8 +37,10 @@ class BootTimes:
     systemd runs (or the system's, where there is no initrd with systemd: `initrd` is None then, and
     the scripts of another initrd count as the kernel's). `userspace` is None until the
     boot is `finished`.
+
     `blame` has units with the seconds that they took to start, longest first, `critical_chain` what
-    `systemd-analyze critical-chain` prints; both are empty until the boot is finished.
+    `systemd-analyze critical-chain` prints; both are empty until the boot is finished,
+    or if they were not asked for.
     """
 
     finished: bool
@@ -56,8 +61,11 @@ class BootTimes:
         return self.userspace + sum(stage or 0.0 for stage in before)
 
 
-def boot_times(systemd: Systemd) -> BootTimes:
-    """Ask the guest. Raises `MachineError` when systemd does not answer."""
+def boot_times(systemd: Systemd, *, details: bool = True) -> BootTimes:
+    """Ask the guest, for `blame` and `critical_chain` only with `details`.
+
+    Raises `MachineError` when systemd does not answer.
+    """
     names = ",".join(f"{name}TimestampMonotonic" for name in _STAMPS)
     shown = systemd.call("show", "--no-pager", f"--property={names}")
     if not shown.ok:
@@ -67,10 +75,10 @@ def boot_times(systemd: Systemd) -> BootTimes:
         for name, value in parse_properties(shown.stdout).items()
         if value.isdigit()
     }
-    if not stamps.get("Finish"):
+    if not stamps.get("Finish") or not details:
         return _stages(stamps)
-    blame = systemd.run(["systemd-analyze", "blame", "--no-pager"], 60.0)
-    chain = systemd.run(["systemd-analyze", "critical-chain", "--no-pager"], 60.0)
+    blame = systemd.run(["systemd-analyze", "blame", "--no-pager"], _TIMEOUT)
+    chain = systemd.run(["systemd-analyze", "critical-chain", "--no-pager"], _TIMEOUT)
     return _stages(stamps, parse_blame(blame.stdout), chain.stdout if chain.ok else "")
 
 
