@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT
 from pytest_nixvm.verbs.power import Power
 
 # The switch stops everything that the initrd runs, this channel's own unit included, so it is
@@ -42,13 +41,6 @@ class Driver(Power):
         if not self.is_up() and self.fault is None:
             self.start()
         self.run(["true"], check=True)
-
-    def sleep(self, secs: float) -> None:
-        """Let `secs` seconds pass in the guest, which is also proof that it still runs.
-
-        A wait for what one waits for is better: see the `wait_` verbs.
-        """
-        self.run(["sleep", f"{secs:g}"], check=True, timeout=secs + DEFAULT_TIMEOUT)
 
     def switch_root(self) -> None:
         """Go on from the initrd into the real system, for a machine that was held in its initrd.

@@ -46,7 +46,10 @@ class Waits(Guest):
         self._wait_in_guest(unix_socket_wait(addr, datagram=is_datagram), timeout)
 
     def sleep(self, secs: float) -> None:
-        """Let that many seconds pass in the guest, whose clock may be slower than the host's."""
+        """Let `secs` seconds pass in the guest, which is also proof that it still runs.
+
+        A wait for what one waits for is better. The guest's clock may be slower than the host's.
+        """
         with self.transcript.note("wait", f"{secs:g} s of the guest's time"):
             # A guest that is emulated on a busy host may take several times as long.
             self.run(["sleep", f"{secs:g}"], timeout=max(DEFAULT_TIMEOUT, 4 * secs), check=True)
