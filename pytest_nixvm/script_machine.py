@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import MachineError, MachineGoneError
+from pytest_nixvm.errors import GuestRebootError, MachineError, MachineGoneError, QemuError
 from pytest_nixvm.machine import Machine
 from pytest_nixvm.script_conditions import Conditions
 from pytest_nixvm.script_log import ScriptLog
@@ -40,6 +41,31 @@ _WHILE_BOOTING = frozenset(
     }
 )
 """What needs QEMU and no more: a passphrase is typed while the machine boots."""
+
+_WAITS = frozenset(
+    {
+        "wait_for_closed_port",
+        "wait_for_file",
+        "wait_for_open_port",
+        "wait_for_open_unix_socket",
+        "wait_for_unit",
+        "wait_until_fails",
+        "wait_until_succeeds",
+    }
+)
+"""What a script says behind `execute("reboot")`, while the old system is on its way down."""
+
+_GOING_DOWN = re.compile(
+    r"Connection reset by peer|Connection terminated|Transport endpoint is not connected"
+    r"|Failed to connect to (system scope )?bus"
+)
+"""What systemctl says of a systemd that is on its way down."""
+
+GOING_DOWN = 90.0
+"""Seconds for the rest of that way, systemd's own limit for a unit's stop."""
+
+TICK = 1.0
+"""Seconds between two looks of the NixOS test driver's."""
 
 _QUIET = frozenset({"is_up", "log", "nested"})
 
@@ -165,16 +191,41 @@ class ScriptMachine:
 
         def verb() -> Any:
             self._get_ready(name)
-            return getattr(self.vm, name)(*args, **kwargs)
+            known = getattr(self.vm, name)
+            if name in _WAITS:
+                return self._over_a_reboot(lambda: known(*args, **kwargs))
+            return known(*args, **kwargs)
 
         boot = self._boot
+        began = time.monotonic()
         try:
-            return self._conditions.beside(verb)
+            result = self._conditions.beside(verb)
+            if name == "wait_for_file":
+                # A file is there before it is written. Scripts read it at once, and get away with
+                # that because the driver looks once a second.
+                time.sleep((began - time.monotonic()) % TICK)
         except MachineError as error:
             # Cut short by the end of a boot that failed: why that failed is what matters.
             if boot is not None and boot.error not in (None, error):
                 self._joined()
             raise
+        return result
+
+    def _over_a_reboot(self, wait: Callable[[], Any]) -> Any:
+        """Call `wait`; once more if it met a system on its way down, when that is up again."""
+        mark = self.vm.qmp.mark()
+        try:
+            return wait()
+        except GuestRebootError:
+            pass
+        except MachineError as error:
+            if not _GOING_DOWN.search(str(error)):
+                raise
+            try:
+                self.vm.qmp.wait_event("RESET", timeout=GOING_DOWN, since=mark)
+            except QemuError:
+                raise error from None
+        return wait()
 
     def _get_ready(self, name: str) -> None:
         if name in _WHATEVER_POWER:
