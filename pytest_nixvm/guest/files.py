@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 from pytest_nixvm.errors import ChannelError, NixvmError
 from pytest_nixvm.guest.result import CommandResult
@@ -55,6 +55,10 @@ tar --transform='s,^\\./[^/]*,{_TOP},rhS' -cf - -- "./$(basename -- "$from")"
 """
 
 
+Moved = Callable[[int], None]
+"""Is told how many more bytes have gone over the channel, from another thread."""
+
+
 class Stream(Protocol):
     """A channel that runs an argv with a file as its stdin and a file as its stdout."""
 
@@ -69,7 +73,42 @@ class Stream(Protocol):
         """Run it to its end; raises what the channel raises, also after `timeout` seconds."""
 
 
-def put(stream: Stream, local: Path, remote: str, timeout: float = 600) -> None:
+def _uncounted(count: int) -> None: ...
+
+
+class _Counted:
+    """One end of a pipe that tells how many bytes have gone through it."""
+
+    def __init__(self, end: BinaryIO, moved: Moved) -> None:
+        self._end = end
+        self._moved = moved
+
+    def read(self, size: int) -> bytes:
+        data = self._end.read(size)
+        self._moved(len(data))
+        return data
+
+    def write(self, data: bytes) -> int:
+        self._end.write(data)
+        self._moved(len(data))
+        return len(data)
+
+
+def size(local: Path) -> int:
+    """Return about how many bytes `put` sends for a file or a tree; 0 for what can't be read."""
+    if not local.is_dir():
+        return local.stat().st_size if local.exists() else 0
+    found = (os.path.join(at, name) for at, _, names in os.walk(local) for name in names)  # noqa: PTH118 - many
+    total = 0
+    for path in found:
+        with suppress(OSError):
+            total += os.lstat(path).st_size
+    return total
+
+
+def put(
+    stream: Stream, local: Path, remote: str, timeout: float = 600, moved: Moved = _uncounted
+) -> None:
     """Copy a file or a tree to `remote` in the guest, as `cp -r` does.
 
     It goes into `remote` if that is a directory, else it gets that name. Modes, times and links are
@@ -84,7 +123,8 @@ def put(stream: Stream, local: Path, remote: str, timeout: float = 600) -> None:
 
     def pack() -> None:
         try:
-            with writer, tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+            out = cast("BinaryIO", _Counted(writer, moved))
+            with writer, tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
                 tar.add(source, _TOP, filter=_of_root)
                 tar.addfile(tarfile.TarInfo(_LAST))
         except (BrokenPipeError, ValueError):
@@ -99,7 +139,9 @@ def put(stream: Stream, local: Path, remote: str, timeout: float = 600) -> None:
     _check(result, f"{local} to {remote}")
 
 
-def get(stream: Stream, remote: str, local: Path, timeout: float = 600) -> None:
+def get(
+    stream: Stream, remote: str, local: Path, timeout: float = 600, moved: Moved = _uncounted
+) -> None:
     """Copy a file or a tree from the guest to `local`, as `cp -r` does; the counterpart of `put`.
 
     Devices, pipes and names that lead out of the copy are refused: the guest is not trusted. Raises
@@ -115,7 +157,7 @@ def get(stream: Stream, remote: str, local: Path, timeout: float = 600) -> None:
     def unpack() -> None:
         try:
             with reader:
-                _extract(reader, part, remote)
+                _extract(cast("BinaryIO", _Counted(reader, moved)), part, remote)
                 while reader.read(1 << 16):
                     pass  # the padding after the archive's end
         except tarfile.ReadError:

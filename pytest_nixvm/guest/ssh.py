@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from pytest_nixvm.errors import (
     SshError,
     tail,
 )
-from pytest_nixvm.guest import reap, transfer
+from pytest_nixvm.guest import files, reap
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.guest.result import Command, CommandResult, display
@@ -265,8 +265,9 @@ class Ssh:
         self,
         command: Command,
         timeout: float,
-        stdin: str | bytes | None,
+        stdin: str | bytes | BinaryIO | None,
         env: Mapping[str, str],
+        stdout: BinaryIO | None = None,
     ) -> CommandResult:
         began = time.monotonic()
         deadline = Deadline(timeout)
@@ -279,7 +280,7 @@ class Ssh:
                 channel.exec_command(line)
             except _TROUBLE as error:
                 raise SshError(f"`{display(command)}` could not be started: {error}.") from error
-            streams = Streams(channel, data)
+            streams = Streams(channel, data, stdout)
             try:
                 ended = streams.wait(deadline)
                 if not ended:
@@ -336,74 +337,32 @@ class Ssh:
 
     # --- files ---------------------------------------------------------------------------------
 
-    def put(self, local: str | Path, remote: str, timeout: float = 600) -> None:
-        """Copy a file, or a directory with all that is in it, to the path `remote` in the guest.
+    def stream(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: BinaryIO | None,
+        stdout: BinaryIO | None,
+        timeout: float,
+    ) -> CommandResult:
+        """Run an argv with files as its stdin and stdout, of any size. Raises as `run`."""
+        with self._guarded():
+            return self._run(list(argv), timeout, stdin, {}, stdout)
 
-        Modes are kept. Over SFTP, or over `cat` (files only) where sshd does not offer it. Raises
-        `OSError` if `local` can't be read, else `SshError`.
+    def put(self, local: str | Path, remote: str, timeout: float = 600) -> None:
+        """Copy a file or a tree to `remote` in the guest, as `cp -r` does.
+
+        Modes, times and links are kept; the files belong to the user. Raises `OSError` if `local`
+        can't be read, else `ChannelError`.
         """
-        source = Path(local)
-        source.stat()
-        self._copy(lambda files: files.put(source, remote), f"{local} to {remote}", timeout)
+        files.put(self.stream, Path(local), remote, timeout)
 
     def get(self, remote: str, local: str | Path, timeout: float = 600) -> None:
-        """Copy a file, or a directory with all that is in it, from the guest to the path `local`.
+        """Copy a file or a tree from the guest to the path `local`.
 
-        As `put`. Raises `OSError` if there is no directory for `local`, else `SshError`.
+        As `put`. Raises `OSError` if `local` can't be written, else `ChannelError`.
         """
-        target = Path(local)
-        target.parent.stat()
-        self._copy(lambda files: files.get(remote, target), f"{remote} to {local}", timeout)
-
-    def _copy(self, work: Callable[[transfer.Files], None], what: str, timeout: float) -> None:
-        deadline = Deadline(timeout)
-        with self._session(deadline) as channel:
-            cut = threading.Timer(timeout, channel.close)
-            cut.daemon = True
-            cut.start()
-            try:
-                if self._subsystem(channel):
-                    work(transfer.SftpFiles(paramiko.SFTPClient(channel)))
-                    return
-            except _TROUBLE as error:
-                if deadline.expired:
-                    raise SshError(f"Copying {what} did not end within {timeout:g} s.") from error
-                raise SshError(f"Copying {what} failed: {error}.") from error
-            finally:
-                cut.cancel()
-        work(transfer.CatFiles(lambda *args: self._stream(what, deadline, *args)))
-
-    def _subsystem(self, channel: paramiko.Channel) -> bool:
-        """Open SFTP on a channel; return False if sshd does not offer it."""
-        try:
-            channel.invoke_subsystem("sftp")
-        except paramiko.SSHException:
-            transport = channel.get_transport()
-            if transport is None or not transport.is_active():
-                raise
-            return False
-        return True
-
-    def _stream(
-        self,
-        what: str,
-        deadline: Deadline,
-        line: str,
-        source: BinaryIO | None,
-        sink: BinaryIO | None,
-    ) -> None:
-        with self._session(deadline) as channel:
-            channel.exec_command(line)
-            streams = Streams(channel, source, sink)
-            try:
-                ended = streams.wait(deadline)
-            finally:
-                got = streams.finish()
-        if not ended:
-            raise SshError(f"Copying {what} did not end within {deadline.seconds:g} s.")
-        if got.status != 0:
-            reason = got.stderr.decode("utf-8", "replace").strip() or f"status {got.status}"
-            raise SshError(f"Copying {what} failed: {reason}.")
+        files.get(self.stream, remote, Path(local), timeout)
 
 
 def _timed_out(error: Exception) -> bool:

@@ -88,6 +88,8 @@ class Streams:
             work()
         except BaseException as error:
             self._failures.append(error)
+            # A command that nobody reads any more would wait for its reader until the deadline.
+            self._channel.close()
 
     def wait(self, deadline: Deadline) -> bool:
         """Wait for the end of both outputs and the exit status; return whether they came."""
