@@ -105,6 +105,19 @@ def test_machines_by_name_start_when_used_and_again_after_their_end(fleet_of, ca
     assert capsys.readouterr().out.count("dev-vm.start()") == 3
 
 
+def test_a_wait_goes_on_over_a_reboot_that_the_script_began(fleet_of):
+    fleet_of("example").run_test_script(
+        """
+        dev_vm.succeed("touch /run/before")
+        dev_vm.execute("systemctl reboot >&2 &")
+        dev_vm.wait_until_fails("test -e /run/before")
+        dev_vm.wait_for_unit("multi-user.target")
+        dev_vm.fail("test -e /run/before")
+        """,
+        ["dev-vm"],
+    )
+
+
 def test_machines_start_together_and_can_be_seen_while_they_do(fleet_of):
     fleet = fleet_of("example", cores="1")
 
