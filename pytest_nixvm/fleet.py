@@ -316,6 +316,7 @@ class Fleet:
         """
         from pytest_nixvm import script
 
+        __tracebackhide__ = True  # the script's own lines are what its author reads
         made: list[Machine] = []
 
         def make(machine: str) -> Machine:
