@@ -28,6 +28,7 @@ from pytest_nixvm.verbs.commands import Commands
 from pytest_nixvm.verbs.driver import Driver
 from pytest_nixvm.verbs.files import Files
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT
+from pytest_nixvm.verbs.infra import MACHINES, Infra
 from pytest_nixvm.verbs.monitor import QemuMonitor
 from pytest_nixvm.verbs.network import Network
 from pytest_nixvm.verbs.power import Power
@@ -39,7 +40,7 @@ _KILLED = 128 + 9
 """The exit status of what SIGKILL has ended, which is how the kernel frees memory."""
 
 
-class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files):
+class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files, Infra):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult
@@ -83,6 +84,7 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         self._lock = threading.RLock()
         self._on: Channels | None = None
         self._no_shell = ""
+        MACHINES[self.name] = self
 
     def __repr__(self) -> str:
         return f"<Machine {self.name} {'up' if self.is_up() else 'down'}>"
