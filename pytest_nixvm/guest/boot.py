@@ -151,6 +151,8 @@ def _failure(
 ) -> BootError:
     name = watch.qemu.spec.name
     reached = reached or stage(console, watch.since)
+    if isinstance(error, MachineGoneError):
+        watch.pause(1.0)  # QEMU's sockets close a moment before it is known how it ended
     if watch.trouble is not None:
         time.sleep(0 if not watch.qemu.alive else SETTLE_GRACE)
         message = f"{name} did not boot: {watch.trouble.reason}."
