@@ -77,11 +77,18 @@ def _uncounted(count: int) -> None: ...
 
 
 class _Counted:
-    """One end of a pipe that tells how many bytes have gone through it."""
+    """One end of a pipe that tells how many bytes have gone through it.
+
+    It has no `read1`: the shell would send each pipeful by itself, and the guest start a program
+    for each.
+    """
 
     def __init__(self, end: BinaryIO, moved: Moved) -> None:
         self._end = end
         self._moved = moved
+
+    def fileno(self) -> int:
+        return self._end.fileno()
 
     def read(self, size: int) -> bytes:
         data = self._end.read(size)
@@ -133,8 +140,9 @@ def put(
             trouble.append(error)
 
     argv = ["sh", "-c", _PUT, "put", remote, local.absolute().name or source.name, kind]
+    whole = cast("BinaryIO", _Counted(reader, _uncounted))
     result = _both(
-        pack, reader, lambda: stream(argv, stdin=reader, stdout=None, timeout=timeout), trouble
+        pack, reader, lambda: stream(argv, stdin=whole, stdout=None, timeout=timeout), trouble
     )
     _check(result, f"{local} to {remote}")
 
