@@ -90,7 +90,7 @@ class _Counted:
     def fileno(self) -> int:
         return self._end.fileno()
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         data = self._end.read(size)
         self._moved(len(data))
         return data
