@@ -45,6 +45,11 @@ def split_name(name: str) -> tuple[str, str]:
 class NixPackage(Package):  # type: ignore[misc]
     """A package of the running NixOS system, by its name in the store: `git`, `openssh`."""
 
+    @classmethod
+    def get_module_class(cls, host: Host) -> type[NixPackage]:  # noqa: ARG003 - Testinfra's signature
+        """This class: the guests are NixOS."""
+        return cls
+
     def _versions(self) -> set[str]:
         names = set(_STORE_NAME.findall(self.check_output(_LIST)))
         pairs = [split_name(name) for name in names if not name.endswith(".drv")]

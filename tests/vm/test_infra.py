@@ -16,10 +16,10 @@ def test_testinfra_asks_the_vm(vm: Machine) -> None:
     assert host.run("echo %s", "it's").stdout == "it's\n"
     assert host.process.filter(comm="systemd")
     assert not host.package("no-such-package").is_installed
-    assert testinfra.get_host("nixvm://dev-vm").check_output("id -un") == "root"
+    assert testinfra.get_host(f"nixvm://{vm.name}").check_output("id -un") == "root"
 
 
 def test_testinfras_users(vm: Machine) -> None:
     with vm.host.sudo("nobody"):
         assert vm.host.check_output("id -un") == "nobody"
-    assert testinfra.get_host("nixvm://nobody@dev-vm").check_output("id -un") == "nobody"
+    assert testinfra.get_host(f"nixvm://nobody@{vm.name}").check_output("id -un") == "nobody"
