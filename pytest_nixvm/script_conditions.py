@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pytest_nixvm.errors import PollingConditionError
 from pytest_nixvm.script_log import ScriptLog
@@ -36,7 +36,8 @@ class Condition:
     ) -> None:
         self.function = function
         self.interval = interval
-        text = description or function.__doc__ or getattr(function, "__name__", "condition")
+        name: str = getattr(function, "__name__", "condition")
+        text = description or function.__doc__ or name
         self.description = " ".join(text.split())
         self._conditions = conditions
         self._last: float | None = None
@@ -132,7 +133,7 @@ class Conditions:
         if not self.active or getattr(self._here, "inside", False):
             return verb()
         self.check()
-        call = _Call(verb)
+        call: _Call[T] = _Call(verb)
         thread = threading.Thread(target=call.run, name="nixvm script verb", daemon=True)
         thread.start()
         while not call.done.wait(max(0.05, min((c.due_in for c in self.active), default=INTERVAL))):
@@ -152,24 +153,24 @@ class _Inside:
         self._here.inside = self._before
 
 
-class _Call:
+class _Call(Generic[T]):
     """A call in another thread, with its outcome."""
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
         self.done = threading.Event()
         self._function = function
-        self._value: Any = None
+        self._value: list[T] = []
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._value = self._function()
+            self._value.append(self._function())
         except BaseException as error:
             self._error = error
         finally:
             self.done.set()
 
-    def result(self) -> Any:
+    def result(self) -> T:
         if self._error is not None:
             raise self._error
-        return self._value
+        return self._value[0]
