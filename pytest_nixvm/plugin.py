@@ -84,6 +84,10 @@ def pytest_configure(config: pytest.Config) -> None:
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
     run = config.stash[RUN] = Run(config, settings)
+    if config.pluginmanager.hasplugin("pytest11.testinfra"):
+        from pytest_nixvm import infra
+
+        infra.register()  # for its own `host` fixture: --hosts=nixvm://NAME
     if not run.is_worker:
         config.pluginmanager.register(Session(run), "nixvm-session")
 

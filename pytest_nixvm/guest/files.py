@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -223,6 +224,8 @@ def _both(
 def _check(result: CommandResult, what: str) -> None:
     if result.returncode != 0:
         reason = result.stderr.strip() or f"exit status {result.returncode}"
+        if re.search(r"No space left|Wrote only \d+ of \d+", reason):
+            reason = f"the disk in the guest is full.\n{reason}"
         raise ChannelError(f"Copying {what} failed: {reason}")
 
 

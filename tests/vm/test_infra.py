@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import testinfra
 
 from pytest_nixvm import Machine
+
+pytestmark = pytest.mark.nixvm("dev-vm")
 
 
 def test_testinfra_asks_the_vm(vm: Machine) -> None:
