@@ -67,6 +67,9 @@ GOING_DOWN = 90.0
 TICK = 1.0
 """Seconds between two looks of the NixOS test driver's."""
 
+FIRST_LOOK = 0.5
+"""Seconds of a wait that met what it waits for at its first look."""
+
 _QUIET = frozenset({"is_up", "log", "nested"})
 
 _SHOWN = 200
@@ -200,10 +203,11 @@ class ScriptMachine:
         began = time.monotonic()
         try:
             result = self._conditions.beside(verb)
-            if name == "wait_for_file":
+            took = time.monotonic() - began
+            if name == "wait_for_file" and took > FIRST_LOOK:
                 # A file is there before it is written. Scripts read it at once, and get away with
                 # that because the driver looks once a second.
-                time.sleep((began - time.monotonic()) % TICK)
+                time.sleep(-took % TICK)
         except MachineError as error:
             # Cut short by the end of a boot that failed: why that failed is what matters.
             if boot is not None and boot.error not in (None, error):
@@ -229,6 +233,8 @@ class ScriptMachine:
 
     def _get_ready(self, name: str) -> None:
         if name in _WHATEVER_POWER:
+            if name in ("crash", "kill"):
+                self.abandon()
             if name != "is_up" and self._boot is not None:
                 self._boot.thread.join()
                 self.__dict__["_boot"] = None
