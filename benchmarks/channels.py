@@ -26,14 +26,16 @@ def main(rounds: int, arguments: list[str]) -> None:
     with fleet(arguments) as machines, ExitStack() as stack:
         vm = machines.start("dev-vm")
         ours = Contender("vm.run", lambda: vm.run("true", check=True), "a shell on a virtio port")
+        driver, bare = stack.enter_context(_hvc0(vm))
         rivals = [
-            Contender("hvc0, NixOS test driver's way", stack.enter_context(_hvc0(vm))),
+            Contender("hvc0, NixOS test driver's way", driver),
             Contender("Testinfra, paramiko", _testinfra_paramiko(vm)),
             Contender("Testinfra, OpenSSH", _testinfra_openssh(vm), "ControlMaster"),
             Contender("labgrid SSHDriver", _labgrid(vm), "ControlMaster"),
         ]
         others = [
             Contender("vm.ssh.run", lambda: vm.ssh.run("true", check=True), "one connection"),
+            Contender("hvc0, in the shell itself", bare, "no fork, no stderr: `true; echo $?`"),
             Contender("vm.agent.exec", lambda: vm.agent.exec(["true"], check=True)),
         ]
         echo = Contender(
@@ -84,8 +86,8 @@ def _key(vm: Machine) -> Path:
 
 
 @contextmanager
-def _hvc0(vm: Machine) -> Iterator[Callable[[], object]]:
-    """A root shell on a virtio console, and the driver's way to run a command in it.
+def _hvc0(vm: Machine) -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
+    """A root shell on a virtio console: the driver's way to run a command in it, and the least.
 
     Sources: nixos/modules/testing/test-instrumentation.nix (backdoor.service) and QemuMachine's
     _execute in nixos/lib/test-driver.
@@ -108,7 +110,11 @@ def _hvc0(vm: Machine) -> Iterator[Callable[[], object]]:
             if int(_line(connection)) != 0:
                 raise RuntimeError("true failed on hvc0")
 
-        yield run
+        def bare() -> None:
+            connection.send(b"true; echo $?\n")
+            _line(connection)
+
+        yield run, bare
 
 
 @contextmanager
