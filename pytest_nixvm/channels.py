@@ -25,6 +25,9 @@ _AS_USER = (
     'export USER LOGNAME HOME; shift; exec "$@"'
 )
 
+SECOND_OPINION = 5.0
+"""Seconds that a shell has for an answer when the agent has given none."""
+
 
 class Channels:
     """The channels of a running VM. `connect` first, then boot, then `watch`."""
@@ -36,6 +39,7 @@ class Channels:
         self.shell = Shell(qemu.monitor, qemu.ports, self.agent)
         self.serial = Serial(self.console)
         self.health = Health(io, qemu, self.console, self.agent, self._interrupt)
+        self.health.second_opinion = lambda: self.shell.answers(SECOND_OPINION)
         self.booted = False
         self._tried_shell = False
         self.no_shell = ""  # why commands go another way than through the shell
@@ -119,21 +123,23 @@ class Channels:
         Raises as `Machine.run`.
         """
         if self.has_shell():
-            return self.shell.run(
-                command, timeout=timeout, stdin=stdin, env=env, cwd=cwd, user=user
-            )
+            try:
+                return self.shell.run(
+                    command, timeout=timeout, stdin=stdin, env=env, cwd=cwd, user=user
+                )
+            except AgentError as error:  # no new shell can be started: the command has not begun
+                self.no_shell = str(error)
         argv = self.agent.shell_argv(command) if isinstance(command, str) else list(command)
         if cwd is not None:
             argv = ["env", f"--chdir={cwd}", *argv]
         if user is not None:
             argv = ["runuser", "-u", user, "--", "/bin/sh", "-c", _AS_USER, "sh", user, *argv]
         try:
+            self.agent.ping(timeout=5)
+        except AgentError:
+            result = self.ssh_as("root").run(argv, stdin=stdin, env=env, timeout=timeout)
+        else:
             result = self.agent.exec(argv, stdin=stdin, env=env, timeout=timeout)
-        except AgentError as error:
-            if error.error_class != "Timeout":
-                raise
-            ssh = self.ssh_as("root")
-            result = ssh.run(argv, stdin=stdin, env=env, timeout=timeout)
         return replace(result, command=command)
 
     def has_shell(self) -> bool:

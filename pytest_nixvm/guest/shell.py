@@ -151,6 +151,25 @@ class Shell:
         slot, _ = self._take("", START_TIMEOUT)
         self._give_back(slot)
 
+    def answers(self, timeout: float) -> bool:
+        """Whether a shell that has nothing to do answers. Starts none, and ends none."""
+        with self._changed:
+            ready = [slot for slot in self._idle if slot.state is State.READY]
+            if not ready:
+                return False
+            slot = ready[0]
+            self._idle.remove(slot)
+        out, err = _Collected(None), _Collected(None)
+        try:
+            text = partial(_compose, ":", None, None, None)
+            slot.run(text, None, out.write, err.write, Deadline(timeout))
+        except (TimeoutError, ShellGoneError, MachineError):
+            slot.state = State.STALE
+            return False
+        finally:
+            self._give_back(slot)
+        return True
+
     def _end(self, slot: Slot, out: _Collected, err: _Collected) -> str:
         """Kill what runs in the slot by starting it anew; say how that went."""
         out.patient = err.patient = True
