@@ -85,9 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     run = config.stash[RUN] = Run(config, settings)
     if config.pluginmanager.hasplugin("pytest11.testinfra"):
-        from pytest_nixvm import infra
+        # For its own `host` fixture, --hosts=nixvm://NAME. By name: our side is imported when needed.
+        import testinfra.backend
 
-        infra.register()  # for its own `host` fixture: --hosts=nixvm://NAME
+        testinfra.backend.BACKENDS["nixvm"] = "pytest_nixvm.infra.NixvmBackend"
     if not run.is_worker:
         config.pluginmanager.register(Session(run), "nixvm-session")
 

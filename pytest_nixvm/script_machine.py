@@ -67,7 +67,7 @@ GOING_DOWN = 90.0
 TICK = 1.0
 """Seconds between two looks of the NixOS test driver's."""
 
-FIRST_LOOK = 0.5
+FIRST_LOOK = 0.15
 """Seconds of a wait that met what it waits for at its first look."""
 
 _QUIET = frozenset({"is_up", "log", "nested"})
