@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     run = config.stash[RUN] = Run(config, settings)
     if config.pluginmanager.hasplugin("pytest11.testinfra"):
-        # For its own `host` fixture, --hosts=nixvm://NAME. By name: our side is imported when needed.
+        # For its own `host` fixture, --hosts=nixvm://NAME; our side is imported when needed.
         import testinfra.backend
 
         testinfra.backend.BACKENDS["nixvm"] = "pytest_nixvm.infra.NixvmBackend"
