@@ -129,17 +129,20 @@ class Channels:
                 )
             except AgentError as error:  # no new shell can be started: the command has not begun
                 self.no_shell = str(error)
-        argv = self.agent.shell_argv(command) if isinstance(command, str) else list(command)
+        try:
+            self.agent.ping(timeout=5)
+            shell, over = self.agent.shell_argv, self.agent.exec
+        except AgentError as error:
+            self.no_shell += f"\n{error}"
+            # One that is open already: a new one would have to ask the agent.
+            opened = [ssh for ssh in self._ssh.values() if ssh.user == "root"]
+            shell, over = _sh, (opened[0] if opened else self.ssh_as("root")).run
+        argv = shell(command) if isinstance(command, str) else list(command)
         if cwd is not None:
             argv = ["env", f"--chdir={cwd}", *argv]
         if user is not None:
             argv = ["runuser", "-u", user, "--", "/bin/sh", "-c", _AS_USER, "sh", user, *argv]
-        try:
-            self.agent.ping(timeout=5)
-        except AgentError:
-            result = self.ssh_as("root").run(argv, stdin=stdin, env=env, timeout=timeout)
-        else:
-            result = self.agent.exec(argv, stdin=stdin, env=env, timeout=timeout)
+        result = over(argv, stdin=stdin, env=env, timeout=timeout)
         return replace(result, command=command)
 
     def has_shell(self) -> bool:
@@ -153,3 +156,7 @@ class Channels:
             except (ShellError, AgentError, QmpError) as error:
                 self.no_shell = str(error)
             return not self.no_shell
+
+
+def _sh(command: str) -> list[str]:
+    return ["/bin/sh", "-c", command]

@@ -144,6 +144,19 @@ def test_a_guest_that_hangs(vm, monkeypatch):
     assert not vm.is_up()
 
 
+def test_without_a_shell_commands_go_through_the_agent_then_over_ssh(vm):
+    vm.ssh.run("true", check=True)
+    vm.qmp.execute("device_del", {"id": "nixvm-shell.0-port"})
+
+    assert vm.run("echo $((6 * 7))", check=True).channel == "agent"
+    assert "no virtio ports" in vm.commands_note
+
+    vm.ssh.run("systemctl stop qemu-guest-agent", check=True)
+    result = vm.run("pwd; id -un", cwd="/tmp", user="alice", check=True)
+    assert (result.channel, result.stdout) == ("ssh", "/tmp\nalice\n")
+    vm.kill()
+
+
 def test_a_paused_machine_says_so(vm):
     vm.pause()
     with pytest.raises(Exception, match=r"is paused; vm\.resume\(\) lets it go on"):
