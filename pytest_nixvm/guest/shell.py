@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
@@ -27,7 +26,7 @@ from pytest_nixvm.guest.agent_exec import Started
 from pytest_nixvm.guest.result import Command, CommandResult, display
 from pytest_nixvm.guest.shell_script import Places, compose
 from pytest_nixvm.guest.shell_slot import START_TIMEOUT, Slot, Starting, State
-from pytest_nixvm.guest.shell_stream import ShellGoneError
+from pytest_nixvm.guest.shell_stream import Collected, ShellGoneError
 from pytest_nixvm.qemu.monitor import Event, Monitor
 from pytest_nixvm.qemu.ports import Pair, Ports
 from pytest_nixvm.wait import Deadline
@@ -111,7 +110,7 @@ class Shell:
         text = partial(_compose, command, env, cwd, user)
         text(None)  # a mistake of the caller's is found before anything is begun
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        out, err = _Collected(stdout), _Collected(stderr)
+        out, err = Collected(stdout), Collected(stderr)
         slot, deadline = self._take(command, timeout)
         try:
             try:
@@ -159,7 +158,7 @@ class Shell:
                 return False
             slot = ready[0]
             self._idle.remove(slot)
-        out, err = _Collected(None), _Collected(None)
+        out, err = Collected(None), Collected(None)
         try:
             text = partial(_compose, ":", None, None, None)
             slot.run(text, None, out.write, err.write, Deadline(timeout))
@@ -170,7 +169,7 @@ class Shell:
             self._give_back(slot)
         return True
 
-    def _end(self, slot: Slot, out: _Collected, err: _Collected) -> str:
+    def _end(self, slot: Slot, out: Collected, err: Collected) -> str:
         """Kill what runs in the slot by starting it anew; say how that went."""
         out.patient = err.patient = True
         try:
@@ -260,7 +259,7 @@ class Shell:
             if helper is not None:
                 self._idle.remove(helper)
         if helper is not None:
-            out, err = _Collected(None), _Collected(None)
+            out, err = Collected(None), Collected(None)
             run = partial(_compose, ["bash", "-c", text], None, None, None)
             try:
                 status = helper.run(run, None, out.write, err.write, Deadline(_HELP_TIMEOUT))
@@ -356,32 +355,6 @@ class Shell:
                 if slot in self._idle:
                     slot.stream.dispose()
             self._changed.notify_all()
-
-
-@dataclass
-class _Collected:
-    """What a command writes: kept, or handed on to a file."""
-
-    file: BinaryIO | None
-    patient: bool = False  # whether a file that takes no more is no matter any more
-    parts: list[bytes] = field(default_factory=list)
-
-    def write(self, data: bytes) -> None:
-        if self.file is None:
-            self.parts.append(data)
-        elif self.patient:
-            with suppress(Exception):
-                self.file.write(data)
-        else:
-            self.file.write(data)
-
-    @property
-    def bytes(self) -> bytes:
-        return b"".join(self.parts)
-
-    @property
-    def text(self) -> str:
-        return self.bytes.decode("utf-8", "replace")
 
 
 @dataclass

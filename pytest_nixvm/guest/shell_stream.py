@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pytest_nixvm.errors import MachineError, MachineGoneError
@@ -90,6 +91,35 @@ class Output:
         """Return where a mark may begin whose end has not arrived yet."""
         at = data.rfind(b"\0", max(0, len(data) - len(self._start)))
         return at if at >= 0 and self._start.startswith(data[at:]) else len(data)
+
+
+@dataclass
+class Collected:
+    """What a command writes: kept, or handed on to a file."""
+
+    file: BinaryIO | None
+    patient: bool = False  # whether a file that takes no more is no matter any more
+    parts: list[bytes] = field(default_factory=list)
+
+    def write(self, data: bytes) -> None:
+        """Take a part."""
+        if self.file is None:
+            self.parts.append(data)
+        elif self.patient:
+            with suppress(Exception):
+                self.file.write(data)
+        else:
+            self.file.write(data)
+
+    @property
+    def bytes(self) -> bytes:
+        """What was kept."""
+        return b"".join(self.parts)
+
+    @property
+    def text(self) -> str:
+        """What was kept, as text."""
+        return self.bytes.decode("utf-8", "replace")
 
 
 class Input:

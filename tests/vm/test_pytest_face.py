@@ -69,7 +69,7 @@ def test_first_failure_then_last_failed(run):
         assert "1 failed" in output
         assert "passed" not in output
         assert "seen on the way" in output
-        assert "console.log" in output
+        assert "everything else: " in output
         assert "machine.py" not in output  # our own frames are hidden
         output = run("--lf", "-k", "test_one", "test_zz.py", status=1)
         assert "1 failed" in output

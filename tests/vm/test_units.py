@@ -8,12 +8,7 @@ import pytest
 
 from pytest_nixvm.errors import MachineError, WaitTimeoutError
 
-
-@pytest.fixture(scope="module")
-def vm(fleet_of):
-    vm = fleet_of("example").start("dev-vm")
-    yield vm
-    vm.kill()
+pytestmark = pytest.mark.nixvm("dev-vm")
 
 
 @pytest.fixture
