@@ -14,10 +14,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol, cast
 
-from pytest_nixvm.errors import ChannelError, NixvmError
+from pytest_nixvm.errors import ChannelError
 from pytest_nixvm.guest.result import CommandResult
-
-__tracebackhide__ = lambda info: info.errisinstance(NixvmError)  # noqa: E731 - pytest's protocol
 
 # Archives name what is copied by this word: the real names are not the other side's business.
 _TOP = "copied"
