@@ -138,3 +138,34 @@ def test_the_screen_after_a_panic(vm):
     with pytest.raises(MachineError):
         vm.get_tty_text("1")
     assert time.monotonic() - began < 10
+
+
+def test_what_is_on_a_console_goes_into_the_journal(vm, capsys):
+    vm.run("cat > /dev/tty1", stdin="\r\nfor the record\r\n", check=True)
+    vm.wait_until_tty_matches(1, "for the record", timeout=10)
+
+    vm.dump_tty_contents(1)
+
+    assert "for the record" in capsys.readouterr().out
+    vm.wait_until_succeeds("journalctl -b --no-pager | grep 'for the record'", timeout=30)
+
+
+def test_the_signs_by_which_an_x_server_is_known(vm):
+    """Not an X server: the guest has none. Its socket, its line in the journal, its xwininfo."""
+    with pytest.raises(WaitTimeoutError, match="the X server of screen"):
+        vm.wait_for_x(timeout=0.5)
+    vm.succeed(
+        "mkdir -p /tmp/.X11-unix && touch /tmp/.X11-unix/X0",
+        "echo 'Reached target Current graphical user session.' | systemd-cat -t systemd",
+    )
+    vm.wait_for_x(timeout=60)
+
+    vm.run(
+        "mkdir -p /run/wrappers/bin && cd /run/wrappers/bin && cat > xwininfo && chmod +x xwininfo",
+        stdin='#!/bin/sh\necho \'     0x400001 "Terminal - alice": ("t" "T")  80x24+0+0\'\n',
+        check=True,
+    )
+    assert vm.get_window_names() == ["Terminal - alice"]
+    vm.wait_for_window("^Terminal", timeout=30)
+    with pytest.raises(WaitTimeoutError, match="Terminal - alice"):
+        vm.wait_for_window("Firefox", timeout=0.5)
