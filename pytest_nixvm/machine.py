@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -168,7 +167,7 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         shown = display(command).removeprefix(STRICT)
         with self.transcript.note("command", shown) as entry:
             on = self._opened()
-            began = time.time()
+            mark = on.console.mark()
             with on.health.call():
                 result = on.run(command, timeout=timeout, stdin=data, env=env, cwd=cwd, user=user)
             if on.no_shell:
@@ -177,7 +176,7 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
             entry.outcome = f"exit status {result.returncode}"
             entry.ok = result.ok
             entry.output(result.stdout, result.stderr)
-            if result.returncode == _KILLED and (kill := on.health.killed_for_memory(began)):
+            if result.returncode == _KILLED and (kill := on.health.killed_for_memory(mark)):
                 raise OutOfMemoryError(
                     f"{self.name} ran out of memory during `{display(command)}`: its kernel killed "
                     f"{kill.name} (pid {kill.pid})."

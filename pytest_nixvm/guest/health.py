@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -59,11 +58,10 @@ _PANIC = re.compile(r"Kernel panic - not syncing: ([^\r\n]*)")
 
 @dataclass(frozen=True)
 class OomKill:
-    """A process that the guest's kernel killed; `when` is in seconds since the epoch."""
+    """A process that the guest's kernel killed."""
 
     name: str
     pid: int
-    when: float
 
 
 class Health:
@@ -85,7 +83,6 @@ class Health:
         self.rebooted = False  # by something other than `Machine.reboot`
         self.rebooted_at = 0  # the console's offset at that time
         self.paused = False
-        self.oom_kills: list[OomKill] = []
         # A second opinion on whether the guest lives, asked before it is called hung.
         self.second_opinion: Callable[[], bool] = lambda: False
         self._io = io
@@ -143,9 +140,16 @@ class Health:
         else:
             raise self.fault.again()
 
-    def killed_for_memory(self, since: float) -> OomKill | None:
-        """Return what was killed for want of memory since `since`, as far as the console says."""
-        return next((kill for kill in reversed(self.oom_kills) if kill.when >= since), None)
+    def killed_for_memory(self, mark: int) -> OomKill | None:
+        """Return what the kernel killed for want of memory since the console's offset `mark`.
+
+        The kernel's line may come a moment after the end of what it killed: that is waited for.
+        """
+        try:
+            found = self._console.wait_for(_OOM, GRACE, mark)
+        except MachineError:
+            return None
+        return OomKill(found["name"], int(found["pid"]))
 
     def begin(self) -> None:
         """Note that a call begins. Raises the fault, if there is one."""
@@ -208,10 +212,9 @@ class Health:
         for found in _OOM.finditer(text):
             if found.end() <= fresh:
                 continue  # seen the last time
-            kill = OomKill(found["name"], int(found["pid"]), time.time())
-            self.oom_kills.append(kill)
-            if found["group"] == "Out of memory":
-                what = f"it ran out of memory, and its kernel killed {kill.name} (pid {kill.pid})"
+            if found["group"] == "Out of memory":  # not that of a group with a limit of its own
+                killed = f"{found['name']} (pid {found['pid']})"
+                what = f"it ran out of memory, and its kernel killed {killed}"
                 self._report(Trouble(what, OutOfMemoryError))
 
     def _read_event(self, event: Event) -> None:

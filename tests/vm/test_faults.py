@@ -109,6 +109,8 @@ def test_memory_of_a_group_that_runs_out_is_the_command_s_own_affair(vm):
 
     assert not result.ok
     assert "oom-kill" in result.stderr
+    with pytest.raises(OutOfMemoryError, match="killed tail"):
+        vm.run("systemd-run --scope -p MemoryMax=20M -p MemorySwapMax=0 tail /dev/zero")
     assert vm.is_up()
 
 
