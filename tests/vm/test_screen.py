@@ -127,19 +127,6 @@ def test_text_is_read_from_the_screen(vm):
         vm.wait_for_text("nevermore", timeout=1)
 
 
-def test_the_screen_after_a_panic(vm):
-    with pytest.raises(GuestPanicError):
-        vm.run("sleep 1; echo c > /proc/sysrq-trigger; sleep 60", timeout=90)
-
-    assert vm.screenshot("panic").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(MachineError, match=r"no key reaches it|panicked"):
-        vm.send_chars("anybody there?")
-    began = time.monotonic()
-    with pytest.raises(MachineError):
-        vm.get_tty_text("1")
-    assert time.monotonic() - began < 10
-
-
 def test_what_is_on_a_console_goes_into_the_journal(vm, capsys):
     vm.run("cat > /dev/tty1", stdin="\r\nfor the record\r\n", check=True)
     vm.wait_until_tty_matches(1, "for the record", timeout=10)
@@ -169,3 +156,16 @@ def test_the_signs_by_which_an_x_server_is_known(vm):
     vm.wait_for_window("^Terminal", timeout=30)
     with pytest.raises(WaitTimeoutError, match="Terminal - alice"):
         vm.wait_for_window("Firefox", timeout=0.5)
+
+
+def test_the_screen_after_a_panic(vm):  # the last: it leaves a VM of no use to others
+    with pytest.raises(GuestPanicError):
+        vm.run("sleep 1; echo c > /proc/sysrq-trigger; sleep 60", timeout=90)
+
+    assert vm.screenshot("panic").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(MachineError, match=r"no key reaches it|panicked"):
+        vm.send_chars("anybody there?")
+    began = time.monotonic()
+    with pytest.raises(MachineError):
+        vm.get_tty_text("1")
+    assert time.monotonic() - began < 10
