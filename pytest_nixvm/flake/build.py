@@ -36,6 +36,7 @@ class VmBuild:
     toplevel: Path | None  # the system, None if the output has no link to it
     system: str  # x86_64-linux
     overrides: tuple[Override, ...]
+    freezable: bool  # whether it was built without shares, so that it can be frozen and cloned
     evaluated: float  # seconds spent evaluating, 0 if that was remembered
     built: float  # seconds spent building or fetching, 0 if it was there
 

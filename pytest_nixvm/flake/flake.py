@@ -84,8 +84,12 @@ class Flake:
                 self._machines = (self._named(attribute),)
         return self._machines
 
-    def build(self, name: str) -> VmBuild:
+    def build(self, name: str, *, freezable: bool = False) -> VmBuild:
         """Evaluate and build a machine's VM, or find that this was done before.
+
+        With `freezable` it is built without shares, and its store is an image: so a running
+        machine can be frozen and cloned. `overrides` of the result say what that changes. A bare
+        derivation stays as it is, and `freezable` of its result is False.
 
         Sessions and xdist workers that want the same machine at the same time share the work.
 
@@ -97,17 +101,17 @@ class Flake:
         """
         info = self._info(name)
         memory = self._evaluator.memory()
-        question = f"plan {info.attribute}"
-        root = self._root(info)
+        question = f"{'freezable ' if freezable else ''}plan {info.attribute}"
+        root = self._root(info, freezable)
         plan = memory.recall(question)
         if plan is not None and _is_built(plan, root):
             return self._result(info, plan, 0.0, 0.0)
         lock = f"build-{memory.name(question)}"
         with self._cache.lock(lock, self._progress, timeout=self._build_timeout):
-            plan, evaluated = self._plan(info, question)
+            plan, evaluated = self._plan(info, question, freezable)
             if not _can_realise(plan):  # remembered, but the store was cleaned since
                 memory.forget(question)
-                plan, evaluated = self._plan(info, question)
+                plan, evaluated = self._plan(info, question, freezable)
             built = 0.0 if _is_built(plan, root) else self._realise(info, plan, root)
         return self._result(info, plan, evaluated, built)
 
@@ -206,10 +210,13 @@ class Flake:
 
     # --- builds ------------------------------------------------------------------------------
 
-    def _plan(self, info: MachineInfo, question: str) -> tuple[dict[str, Any], float]:
+    def _plan(
+        self, info: MachineInfo, question: str, freezable: bool
+    ) -> tuple[dict[str, Any], float]:
+        path = nix_list(attribute_path(info.attribute))
         plan, seconds = self._evaluator.ask(
             question,
-            f"this.plan {nix_list(attribute_path(info.attribute))}",
+            f"this.plan {{ freezable = {nix_value(freezable)}; }} {path}",
             title=info.name,
             attribute=info.attribute,
         )
@@ -230,11 +237,12 @@ class Flake:
         return plan, seconds
 
     def _realise(self, info: MachineInfo, plan: Mapping[str, Any], root: Path) -> float:
+        log = f"build-{info.name}{'-freezable' if plan['freezable'] else ''}"
         step = self._progress.step(f"Building {info.name}")
         began = time.monotonic()
         output_only = not Path(plan["derivation"]).exists()
         try:
-            with log_file(self._logs, f"build-{info.name}") as (write, path):
+            with log_file(self._logs, log) as (write, path):
                 try:
                     self.nix.realise(
                         plan["output"] if output_only else plan["derivation"],
@@ -277,13 +285,18 @@ class Flake:
                 Override(attribute_text(o["option"]), nix_value(o["value"]), o["reason"])
                 for o in plan["overrides"]
             ),
+            freezable=plan["freezable"],
             evaluated=evaluated,
             built=built,
         )
 
-    def _root(self, info: MachineInfo) -> Path:
-        """Where the result is rooted: one place a machine, so that old results are let go."""
-        about = json.dumps([self.reference.url, info.attribute, self._evaluator.overrides])
+    def _root(self, info: MachineInfo, freezable: bool) -> Path:
+        """Where the result is rooted: one place a machine, so that old results are let go.
+
+        The two variants have a place each, or each build would let the other's result go.
+        """
+        parts = [self.reference.url, info.attribute, self._evaluator.overrides]
+        about = json.dumps([*parts, "freezable"] if freezable else parts)
         digest = hashlib.blake2b(about.encode(errors="surrogateescape"), digest_size=6).hexdigest()
         name = re.sub(r"[^A-Za-z0-9._-]", "_", info.name)
         return self._cache.roots / f"{name}-{digest}"

@@ -20,6 +20,8 @@ def nix_list(texts: Sequence[str]) -> str:
 
 def nix_value(value: object) -> str:
     """Return a plain value (from JSON) as Nix writes it."""
+    if value == {}:
+        return "{ }"
     return nix_string(value) if isinstance(value, str) else json.dumps(value)
 
 

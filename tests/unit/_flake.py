@@ -41,8 +41,20 @@ let
   };
   evaluate = inVm: modules:
     let
+      cfg = config.virtualisation;
+      share = source: target: { inherit source target; };
       defaults = { networking.hostName = "nixos"; test.build = ""; test.vm = true;
-                   services.qemuGuest.enable = inVm; virtualisation = { }; };
+                   services.qemuGuest.enable = inVm;
+                   virtualisation = if !inVm then { } else {
+                     useNixStoreImage = false;
+                     useHostCerts = false;
+                     useBootLoader = false;
+                     mountHostNixStore = !cfg.useNixStoreImage && !cfg.useBootLoader;
+                     writableStore = cfg.mountHostNixStore;
+                     sharedDirectories = { xchg = share "xchg" "/tmp/xchg"; } // (
+                       if cfg.mountHostNixStore
+                       then { nix-store = share "/nix/store" "/nix/.ro-store"; } else { });
+                   }; };
       call = m: if isFunction m then m { inherit config force; } else m;
       merged = foldl' merge defaults (map call modules);
       variant = modules ++ [ { virtualisation = { }; } (merged.virtualisation.vmVariant or { }) ];
@@ -61,7 +73,9 @@ let
         echo agent ${if config.services.qemuGuest.enable then "on" else "off"} > $out/what'';
       vm = build "nixos-vm" ''
         mkdir -p $out/bin; ln -s ${toplevel} $out/system
-        echo exec qemu > $out/bin/run-${config.networking.hostName}-vm'';
+        echo exec qemu ${toString (attrNames cfg.sharedDirectories)} \
+          ${if cfg.useNixStoreImage then "store.img" else ""} \
+          ${if cfg.writableStore then "rw-store" else ""} > $out/bin/run-${config.networking.hostName}-vm'';
     in config;
 in {
   config = evaluate direct modules;

@@ -45,27 +45,36 @@ let
   # `virtualisation.vmVariant`, and what is set there merges with what the user set there.
   # The configuration is extended only if something has to differ, so the usual machine is, bit
   # for bit, what `nix build .#nixosConfigurations.NAME.config.system.build.vm` builds.
-  virtualMachine = nixos:
+  virtualMachine = freezable: nixos:
     let
       virtualisation = nixos.options.virtualisation or { };
       direct = virtualisation ? useNixStoreImage;
       variant = !direct && virtualisation ? vmVariant;
       config = if variant then nixos.config.virtualisation.vmVariant else nixos.config;
+      changeable = (direct || variant) && nixos ? extendModules;
+      wanted = overrides.always ++ (if freezable then overrides.freezable else [ ]);
       needed =
-        if (direct || variant) && nixos ? extendModules
-        then filter (o: has o.option config && get o.option config != o.value) overrides
-        else [ ];
+        if !changeable then [ ]
+        else filter
+          (o: has o.option config && get o.option config != o.value && (o.only or (_: true)) config)
+          wanted;
       # Stronger than mkForce (50) and mkVMOverride (10): a tie would be a conflict.
       force = content: { _type = "override"; priority = 1; inherit content; };
       nest = path: value:
         if path == [ ] then value else { ${head path} = nest (tail path) value; };
-      module = o: let set = nest o.option (force o.value); in
+      module = option: value: let set = nest option (force value); in
         if direct then set else { virtualisation.vmVariant = set; };
+      changes = map (o: module o.option o.value) needed;
+      kept = map (option: module option (get option config))
+        (filter (option: has option config) (concatMap (o: o.keep or [ ]) needed));
       extended =
-        if needed == [ ] then nixos else nixos.extendModules { modules = map module needed; };
+        if needed == [ ] then nixos else nixos.extendModules { modules = changes ++ kept; };
       build = extended.config.system.build or { };
     in
-    { overrides = needed; } // (if isDerivation (build.vm or null) then derivation build.vm else { noVm = true; });
+    {
+      overrides = map (o: { inherit (o) option value reason; }) needed;
+      freezable = freezable && changeable;
+    } // (if isDerivation (build.vm or null) then derivation build.vm else { noVm = true; });
 in
 {
   # Where the flake's files are in the store: to translate the paths in Nix's messages.
@@ -108,11 +117,11 @@ in
         else null;
     };
 
-  # What has to be built for it.
-  plan = path:
+  # What has to be built for it. About a bare derivation nothing can be changed.
+  plan = { freezable }: path:
     let value = get path target; kind = kindOf value; in
-    { inherit kind; overrides = [ ]; }
+    { inherit kind; overrides = [ ]; freezable = false; }
     // (if kind == "derivation" then derivation value
-        else if kind == "nixos" then virtualMachine value
+        else if kind == "nixos" then virtualMachine freezable value
         else { });
 }
