@@ -18,7 +18,6 @@ Sources: proc(5), the kernel's admin-guide/cgroup-v2.rst and admin-guide/cgroup-
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import threading
 import time
@@ -29,22 +28,17 @@ from pathlib import Path
 from filelock import Timeout
 
 from pytest_nixvm.errors import MachineError
-from pytest_nixvm.memory_ledger import (
-    Entry,
-    Ledger,
-    read_fields,
-    read_lines,
-    start_time,
-    used_by,
-)
+from pytest_nixvm.memory_ledger import Entry, Ledger, read_fields, read_lines, start_time, used_by
 from pytest_nixvm.wait import Deadline
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _MIB = 1024 * 1024
 
-# How often those who wait look. There is no event when memory is given back.
+# Those who wait look whenever the ledger has changed, and now and then without that, for other
+# programs give memory back as well, and a death changes no file.
 _INTERVAL = 0.05
+_LOOK = 0.25
 # Memory that was given up shows a moment later: the kernel counts for each CPU and adds up later.
 _SETTLE = 0.5
 # The lock is held for milliseconds.
@@ -265,42 +259,17 @@ class Budget:
         """
         deadline = Deadline(timeout)
         entry = Entry(what, mebibytes)
-        ticket: Path | None = None
-        hopeless: Deadline | None = None
-        told = False
+        with self._locked():
+            view = self._view()
+            if view.free >= mebibytes and self._is_first(None):
+                return self._grant(entry)
+            ticket = self._ledger.next_in_queue()
+            self._ledger.write(ticket, entry)
         try:
-            while True:
-                view = None
-                if ticket is None or self._is_first(ticket):
-                    with self._locked():
-                        view = self._view()
-                        if view.free >= mebibytes and self._is_first(ticket):
-                            return self._grant(entry)
-                        if ticket is None:
-                            path = self._ledger.next_in_queue()
-                            self._ledger.write(path, entry)
-                            ticket = path
-                if make_room():
-                    continue
-                if view is None or view.free_alone >= mebibytes:
-                    hopeless = None
-                elif hopeless is None:
-                    hopeless = Deadline(_SETTLE)
-                elif hopeless.expired:
-                    start = f"There is not enough memory for {what}"
-                    raise MachineError(self._refusal(entry, ticket, start))
-                if hopeless is None and not deadline.expired and not told:
-                    told = True
-                    waiting(self._waiting(entry, ticket))
-                if deadline.expired and hopeless is None:
-                    start = f"Waited {timeout:g} s for memory for {what}, in vain"
-                    raise MachineError(self._refusal(entry, ticket, start))
-                time.sleep(_INTERVAL if hopeless else deadline.remaining(_INTERVAL))
-                self._still_here(ticket, entry)
+            return self._wait(entry, ticket, view, deadline, make_room, waiting)
         finally:
-            if ticket is not None:
-                with contextlib.suppress(OSError):
-                    ticket.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                ticket.unlink(missing_ok=True)
 
     def try_reserve(self, mebibytes: int, what: str) -> Reservation | None:
         """Reserve for a VM that can be done without, or return None. It never waits.
@@ -320,6 +289,48 @@ class Budget:
         """Whether any process waits for memory: VMs that can be done without should be ended."""
         return not self._is_first(None)
 
+    def _wait(
+        self,
+        entry: Entry,
+        ticket: Path,
+        view: _View | None,
+        deadline: Deadline,
+        make_room: Callable[[], bool],
+        waiting: Callable[[str], None],
+    ) -> Reservation:
+        """Wait in the queue. `view` is the last look, None if it is not our turn."""
+        version, look = 0, Deadline(_LOOK)
+        hopeless: Deadline | None = None
+        told = False
+        while True:
+            made = make_room()
+            changed = made or version != self._ledger.version()
+            if changed or look.expired or hopeless or deadline.expired:
+                version, look = self._ledger.version(), Deadline(_LOOK)
+                view = None
+                if self._is_first(ticket):
+                    with self._locked():
+                        view = self._view()
+                        if view.free >= entry.mebibytes:
+                            return self._grant(entry)
+            if made:
+                continue
+            if view is None or view.free_alone >= entry.mebibytes:
+                hopeless = None
+                if deadline.expired:
+                    start = f"Waited {deadline.seconds:g} s for memory for {entry.what}, in vain"
+                    raise MachineError(self._refusal(entry, ticket, start))
+                if not told:
+                    told = True
+                    waiting(self._waiting(entry, ticket))
+            elif hopeless is None:
+                hopeless = Deadline(_SETTLE)
+            elif hopeless.expired:
+                start = f"There is not enough memory for {entry.what}"
+                raise MachineError(self._refusal(entry, ticket, start))
+            time.sleep(_INTERVAL if hopeless else deadline.remaining(_INTERVAL))
+            self._ledger.still_waits(ticket, entry)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         try:
@@ -327,8 +338,8 @@ class Budget:
                 yield
         except Timeout:
             raise MachineError(
-                f"Another process has held the lock in {self._ledger.directory} for {_LOCK_TIMEOUT:g} s. "
-                "Is a pytest stopped, by Control-Z or in a debugger?"
+                f"Another process has held the lock in {self._ledger.directory} for "
+                f"{_LOCK_TIMEOUT:g} s. Is a pytest stopped, by Control-Z or in a debugger?"
             ) from None
 
     def _is_first(self, ticket: Path | None) -> bool:
@@ -338,12 +349,6 @@ class Budget:
         path = self._ledger.directory / f"{secrets.token_hex(8)}.reserved"
         self._ledger.write(path, entry)
         return Reservation(self._ledger, path, entry)
-
-    def _still_here(self, ticket: Path, entry: Entry) -> None:
-        try:
-            os.utime(ticket)
-        except FileNotFoundError:  # the cache was cleared
-            self._ledger.write(ticket, entry)
 
     def _view(self) -> _View:
         vms = []
@@ -385,7 +390,8 @@ class Budget:
         if len(vms) > _LISTED:
             lines.append(f"    and {len(vms) - _LISTED} more")
         if before:
-            lines.append(f"Before {entry.what}, {before} others wait for memory.")
+            others = "1 other" if before == 1 else f"{before} others"
+            lines.append(f"{entry.what} waits behind {others}.")
         lines.append(
             "What helps: less memory for the VM (--nixvm-memory=MIB), fewer workers at once "
             "(pytest-xdist's -n), closing other programs."

@@ -165,10 +165,17 @@ class Ledger:
                 new.unlink()
             raise self._unwritable(error) from error
 
+    def version(self) -> int:
+        """Return a number that is another one when a file has come or gone."""
+        try:
+            return self.directory.stat().st_mtime_ns
+        except _NOT_THERE:
+            return 0
+
     def reservations(self) -> list[Entry]:
         """Return all whose process or QEMU lives; the files of others are removed."""
         found = []
-        for path in self.directory.glob("*.reserved"):
+        for path in self._files(r"[^.].*\.reserved"):
             entry = self._read(path)
             if entry and (entry.owner_lives or entry.qemu_lives):
                 found.append(entry)
@@ -178,7 +185,7 @@ class Ledger:
 
     def queue(self) -> list[Path]:
         """Return the files of those that wait, first come first."""
-        return sorted(self.directory.glob(f"{'[0-9]' * 9}.*.waiting"))
+        return sorted(self._files(r"[0-9]{9}\..*\.waiting"))
 
     def next_in_queue(self) -> Path:
         """Return the file for one more; the lock must be held."""
@@ -197,6 +204,20 @@ class Ledger:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime < _ABSENT:
                     yield entry
+
+    def still_waits(self, ticket: Path, entry: Entry) -> None:
+        """Show that one is there; its file is written again if the cache was cleared."""
+        now = time.time()  # not that of a file server
+        try:
+            os.utime(ticket, (now, now))
+        except FileNotFoundError:
+            self.write(ticket, entry)
+
+    def _files(self, pattern: str) -> list[Path]:
+        try:
+            return [each for each in self.directory.iterdir() if re.fullmatch(pattern, each.name)]
+        except _NOT_THERE:
+            return []
 
     def _read(self, path: Path) -> Entry | None:
         try:
