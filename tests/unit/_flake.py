@@ -75,7 +75,8 @@ let
         mkdir -p $out/bin; ln -s ${toplevel} $out/system
         echo exec qemu ${toString (attrNames cfg.sharedDirectories)} \
           ${if cfg.useNixStoreImage then "store.img" else ""} \
-          ${if cfg.writableStore then "rw-store" else ""} > $out/bin/run-${config.networking.hostName}-vm'';
+          ${if cfg.writableStore then "rw-store" else ""} \
+          > $out/bin/run-${config.networking.hostName}-vm'';
     in config;
 in {
   config = evaluate direct modules;

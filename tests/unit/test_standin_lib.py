@@ -27,10 +27,12 @@ Evaluate = Callable[[str, str], Any]
 
 @pytest.fixture(scope="session")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in as `prepare` lays it out, with a lock that names no package."""
+    """The stand-in as `prepare` lays it out, with a lock of packages that nobody can fetch."""
     target = tmp_path_factory.mktemp("standin") / "nixpkgs"
     shutil.copytree(NIXPKGS, target)
-    lock = {"debs": {}, "kernel": "linux", "base": [], "packages": {}}
+    nowhere = {"url": "http://nowhere.invalid/package.deb", "sha256": "0" * 64}
+    debs = dict.fromkeys(("linux", "busybox-static"), nowhere)
+    lock = {"debs": debs, "kernel": "linux", "base": [], "packages": {}}
     (target / "lock.json").write_text(json.dumps(lock))
     return target
 
@@ -261,6 +263,41 @@ def test_the_vm_can_be_extended_either_way(evaluate: Evaluate, modules: str, dir
     """
     assert evaluate(modules, expression) == [512, 3]
     assert evaluate(modules, "c.options.virtualisation ? useNixStoreImage") is direct
+
+
+NO_SHARES = """({ lib, ... }: {
+  virtualisation.sharedDirectories = lib.mkForce { };
+  virtualisation.useNixStoreImage = true;
+  virtualisation.writableStore = true;
+})"""
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["vmVariant", "top level"])
+def test_a_machine_without_shares_takes_its_store_from_an_image(
+    evaluate: Evaluate, direct: bool
+) -> None:
+    modules = f"{{ virtualisation.vmVariant = {NO_SHARES}; }}"
+    if direct:
+        path = '"${modulesPath}/virtualisation/qemu-vm.nix"'
+        modules = f"({{ modulesPath, ... }}: {{ imports = [ {path} {NO_SHARES} ]; }})"
+    vm = "c.config.system.build.vm"
+    assert str(evaluate(modules, f"{vm}.drvPath")).endswith("-nixos-vm.drv")
+    before, _, command = evaluate(modules, f"{vm}.start").partition("# Start QEMU.")
+    assert '"$TMPDIR/store.img"' in before
+    assert 'file="$TMPDIR"/store.img' in command
+    assert "-virtfs" not in command
+    config = "c.config" if direct else "c.config.virtualisation.vmVariant"
+    mounts = evaluate(modules, f"lib.mapAttrs (_: fs: fs.fsType) {config}.fileSystems")
+    assert mounts["/nix/.ro-store"] == "erofs"
+    assert mounts["/nix/store"] == "overlay"
+    assert "9p" not in mounts.values()
+
+
+def test_the_kernel_is_unpacked_unless_a_machine_wants_it_packed(evaluate: Evaluate) -> None:
+    kernel = "c.config.system.build.toplevel.kernelFile"
+    root = '{ fileSystems."/".device = "/dev/vda"; }'
+    assert evaluate(root, kernel) == "image"
+    assert evaluate(f"{root} {{ standin.unpackedKernel = false; }}", kernel) == "bzImage"
 
 
 def test_functions_of_lib(evaluate: Evaluate) -> None:

@@ -127,6 +127,14 @@ in {
         depends = mkOption { type = types.listOf types.str; default = [ ]; };
       }; }));
     };
+    # The stand-in's own, nixpkgs has none of it.
+    standin.unpackedKernel = mkOption {
+      type = types.bool;
+      default = true;
+      description = ''
+        Whether `kernel` is the unpacked kernel, which boots three seconds sooner under emulation. NixOS's is a bzImage.
+      '';
+    };
     swapDevices = mkOption { type = types.listOf (types.attrsOf types.anything); default = [ ]; };
   };
 
@@ -191,11 +199,12 @@ in {
         passAsFile = [ "activate" "init" ];
         params = lib.concatStringsSep " " config.boot.kernelParams;
         version = cfg.nixos.label;
+        kernelFile = if config.standin.unpackedKernel then "image" else "bzImage";
         graph = [ cfg.build.etc cfg.path ];
         exportReferencesGraph = [ "closure" cfg.build.etc "closure-path" cfg.path ];
       } ''
         mkdir -p $out/bin
-        ln -s $kernel/image $out/kernel; ln -s $initialRamdisk/initrd $out/initrd; ln -s /usr $out/kernel-modules
+        ln -s $kernel/$kernelFile $out/kernel; ln -s $initialRamdisk/initrd $out/initrd; ln -s /usr $out/kernel-modules
         ln -s $etc/etc $out/etc; ln -s $path $out/sw; ln -s /usr/lib/systemd $out/systemd
         printf %s "$params" > $out/kernel-params; printf %s "$version" > $out/nixos-version; printf %s "$system" > $out/system
         echo 1 > $out/init-interface-version; echo "$extraDependencies" > $out/extra-dependencies
