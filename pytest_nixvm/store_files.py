@@ -29,8 +29,9 @@ USED = "used"
 """Locked by whoever uses the entry; its mtime is the last use."""
 
 _NEW_MANIFEST = ".manifest."
-_BLOCK = 2**20  # bytes
-_ZEROS = bytes(_BLOCK)
+_BLOCK = 2**18  # bytes that are read at once
+_PAGE = 2**12  # bytes; memory is scattered in pages, of which most are zeros
+_ZEROS = bytes(_PAGE)
 
 # The kernel stamps files with the time of its last tick (up to 10 ms old): a second write in the
 # same tick leaves the same ctime. A stamp says something only if reading began later than that.
@@ -72,9 +73,9 @@ def key_of(components: Mapping[str, Any]) -> str:
 def digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """Return a digest of a file's content that reads no holes.
 
-    Each MiB that is not all zeros counts, with its place: a hole and zeros that were written are
-    the same content, and a copy may have one where the original has the other. Raises `Stopped`
-    soon after `stopped` returns true, and `OSError`.
+    Each run of pages that are not all zeros counts, with its place: a hole and zeros that were
+    written are the same content, and a copy may have one where the original has the other. Raises
+    `Stopped` soon after `stopped` returns true, and `OSError`.
     """
     result = hashlib.blake2b(digest_size=32)
     buffer = bytearray(_BLOCK)
@@ -86,13 +87,29 @@ def digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
                 raise Stopped
             file.seek(offset)
             length = _fill(file.readinto, view[: min(_BLOCK, size - offset)])
-            block = buffer if length == _BLOCK else buffer[:length]
-            # bytes, not memoryviews: those are compared one by one.
-            if block != (_ZEROS if length == _BLOCK else _ZEROS[:length]):
-                result.update(offset.to_bytes(8, "big") + length.to_bytes(8, "big"))
-                result.update(block)
+            for start, end in _runs(buffer, length):
+                result.update(
+                    (offset + start).to_bytes(8, "big") + (end - start).to_bytes(8, "big")
+                )
+                result.update(view[start:end])
     result.update(b"size" + size.to_bytes(8, "big"))
     return result.hexdigest()
+
+
+def _runs(buffer: bytearray, length: int) -> Iterator[tuple[int, int]]:
+    """Yield where the pages are that are not all zeros, neighbours together."""
+    start = None
+    for page in range(0, length, _PAGE):
+        end = min(page + _PAGE, length)
+        # A slice, not a memoryview: those are compared byte by byte.
+        if buffer[page:end] == _ZEROS[: end - page]:
+            if start is not None:
+                yield start, page
+                start = None
+        elif start is None:
+            start = page
+    if start is not None:
+        yield start, length
 
 
 def _fill(readinto: Callable[[memoryview], int | None], view: memoryview) -> int:
