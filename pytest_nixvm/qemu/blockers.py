@@ -228,12 +228,20 @@ def _usb(value: str) -> Iterator[Blocker]:
         yield Blocker(f"the passed-through device usb-host ({value[5:]})", DEVICE)
 
 
+def _loads(value: str) -> Iterator[Blocker]:
+    # A clone that is to be frozen itself has "defer" from the plugin.
+    if value != "defer":
+        yield Blocker(f"the machine loads a state itself ({value})", DEVICE)
+
+
 _BY_OPTION: Mapping[str, Callable[[str], Iterator[Blocker]]] = {
     "add-fd": lambda value: iter(
         [Blocker(f"-add-fd {value}: a descriptor from the start script", DEVICE)]
     ),
     "display": _display,
     "gdb": _gdb,
+    "incoming": _loads,
+    "loadvm": _loads,
     "mem-path": lambda value: iter(
         [Blocker(f"-mem-path {value}, in the place of the plugin's", DEVICE, ram_only=True)]
     ),

@@ -81,7 +81,7 @@ def clone_argv(
     *,
     moved: Mapping[str, str],
     disks: Mapping[str, tuple[str, str]],
-    ram: Path,
+    ram: Path | None,
     qemu_version: tuple[int, int, int],
     share: bool = False,
 ) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def clone_argv(
     `moved` has the places that are others now, directories or files: each is replaced wherever it
     stands, with what is below it. `disks` has for a drive's path, as it stands in `argv`, the new
     file and its format. `ram` is the file with the memory: the clone sees it and leaves it as it
-    is, or with `share` writes to it, to be frozen again.
+    is, or with `share` writes to it, to be frozen again; None if the memory is in the state.
 
     QEMU picks the host's ports anew, on the loopback interface for forwarded ones.
 
@@ -119,7 +119,7 @@ def clone_argv(
             has_ram = True
         else:
             result[at] = places.in_value(name, text)
-    if not has_ram:
+    if ram is not None and not has_ram:
         raise ValueError(f"no -object has id={RAM}")
     # From the end: a drive's option may become two arguments.
     for drive in reversed(replaced):
@@ -140,7 +140,10 @@ def _without_incoming(argv: Sequence[str]) -> tuple[str, ...]:
     return tuple(argument for at, argument in enumerate(argv) if at not in drop)
 
 
-def _ram(text: str, ram: Path, share: bool, qemu_version: tuple[int, int, int]) -> str:
+def _ram(text: str, ram: Path | None, share: bool, qemu_version: tuple[int, int, int]) -> str:
+    if ram is None:
+        # QEMU knows it by its id again.
+        return f"memory-backend-ram,id={RAM},size={settings(text)['size']}"
     ours = ("mem-path", "share", "readonly", "rom")
     pairs: Pairs = [(key, value) for key, value in keyval(text) if key not in ours]
     pairs += [("mem-path", str(ram)), ("share", "on" if share else "off")]

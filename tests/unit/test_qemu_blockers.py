@@ -76,6 +76,8 @@ def test_a_machine_of_nixos_has_nothing_in_the_way() -> None:
         (("-mem-path", "/dev/shm"), "-mem-path /dev/shm, in the place of the plugin's"),
         (("-hda", "/home/u/disk.qcow2"),
          "the drive /home/u/disk.qcow2, which is written to and not the machine's own"),
+        (("-loadvm", "ready"), "the machine loads a state itself (ready)"),
+        (("-incoming", "tcp::1"), "the machine loads a state itself (tcp::1)"),
         (("-hda", "../disk"), "the drive ../disk, which is written to and not the machine's own"),
         (("-hda", "/scratch/disk"),
          "the drive /scratch/disk, which is written to and not the machine's own"),
@@ -102,6 +104,7 @@ def test_what_the_command_line_shows(arguments: tuple[str, ...], what: str) -> N
         ("-drive", "file=nbd://h/x,readonly=on"),
         ("-netdev", "vde,id=v,sock=/s/vde"),
         ("-append", "-gdb tcp::1234"),
+        ("-incoming", "defer"),
         ("-object", "rng-random,id=r,filename=/dev/urandom"),
     ],
 )

@@ -129,6 +129,13 @@ def test_a_clone_that_is_to_be_frozen_again() -> None:
     assert ram == "memory-backend-file,id=nixvm-ram,size=1024M,mem-path=/t/b,,c,share=on"
 
 
+def test_a_state_that_has_the_memory_in_it() -> None:
+    argv = clone_argv(("q", *RAM), moved={}, disks={}, ram=None, qemu_version=(9, 0, 0))
+    assert argv[2:4] == ("memory-backend-ram,id=nixvm-ram,size=1024M", "-machine")
+    argv = clone_argv(("q",), moved={}, disks={}, ram=None, qemu_version=(9, 0, 0))
+    assert argv == ("q", "-incoming", "defer")
+
+
 def test_the_memorys_file_is_writable_before_8_2_only() -> None:
     for version, more in (((8, 1, 5), ""), ((8, 2, 0), ",readonly=on,rom=off")):
         argv = clone_argv(("q", *RAM), moved={}, disks={}, ram=Path("/r"), qemu_version=version)
@@ -236,35 +243,38 @@ def test_what_can_not_become_a_clone() -> None:
 # --- QEMU's opinion ---
 
 
-@needs_qemu
-def test_qemu_takes_both_lines_and_two_clones_at_once(tmp_path: Path) -> None:
-    image = tmp_path / "disk.qcow2"
-    subprocess.run(["qemu-img", "create", "-qf", "qcow2", image, "1M"], check=True)
-    argv = (
-        str(QEMU), "-nodefaults", "-display", "none", "-S", "-m", "32", "-hda", str(image),
-        "-netdev", "user,id=u,hostfwd=tcp::0-:22,hostfwd=udp::0-:53", "-qmp", "stdio",
-        "-serial", "tcp:127.0.0.1:0,server=on,wait=off",
-        "-chardev", f"file,id=f,path={tmp_path}/log", *ram_arguments(32, tmp_path / "ram"),
-    )  # fmt: skip
-    assert status(argv) == "prelaunch"
-    (tmp_path / "ram").chmod(0o444)
-    clones = []
-    for name in ("one", "t,wo"):
-        place = tmp_path / name
-        place.mkdir()
-        (place / "disk.qcow2").write_bytes(image.read_bytes())
-        clones.append(
-            clone_argv(
-                argv,
-                moved={str(tmp_path): str(place)},
-                disks={str(image): (str(place / "disk.qcow2"), "qcow2")},
-                ram=tmp_path / "ram",
-                qemu_version=version(),
+class Running:
+    """A QEMU with its monitor on its standard streams."""
+
+    def __init__(self, argv: tuple[str, ...], log: Path) -> None:
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
-        )
-    processes = [start(each) for each in clones]
-    assert [answer(each) for each in processes] == ["inmigrate", "inmigrate"]
-    assert all((tmp_path / name / "log").exists() for name in ("one", "t,wo"))
+        self.log = log
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: object) -> object:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"execute": command, "arguments": arguments}))
+        self.process.stdin.flush()
+        return self.wait("return")
+
+    def wait(self, key: str, value: object = None) -> object:
+        """Read on to the answer, or to the migration's status `value`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said = json.loads(line)
+            assert "error" not in said, said
+            if key in said and (value is None or said["data"].get("status") == value):
+                return said[key]
+        raise AssertionError(self.log.read_text())
+
+    def migrate(self, command: str, uri: str, *capabilities: str) -> None:
+        names = [{"capability": each, "state": True} for each in ("events", *capabilities)]
+        self.execute("migrate-set-capabilities", capabilities=names)
+        self.execute(command, uri=uri)
+        self.wait("event", "completed")
 
 
 def version() -> tuple[int, int, int]:
@@ -274,22 +284,45 @@ def version() -> tuple[int, int, int]:
     return (int(match[1]), int(match[2]), int(match[3]))
 
 
-def status(argv: tuple[str, ...]) -> str:
-    return answer(start(argv))
-
-
-def start(argv: tuple[str, ...]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def answer(process: subprocess.Popen[str]) -> str:
-    commands = ({"execute": each} for each in ("qmp_capabilities", "query-status", "quit"))
+@needs_qemu
+@pytest.mark.parametrize("in_file", [True, False], ids=["memory in a file", "in the state"])
+def test_qemu_loads_a_frozen_state_into_two_clones_at_once(tmp_path: Path, in_file: bool) -> None:
+    image, ram, state = (tmp_path / name for name in ("disk.img", "ram", "state"))
+    image.write_bytes(bytes(1 << 20))
+    argv = (
+        str(QEMU), "-nodefaults", "-display", "none", "-S", "-m", "32", "-hda", str(image),
+        "-netdev", "user,id=u,hostfwd=tcp::0-:22,hostfwd=udp::0-:53", "-device", "e1000,netdev=u",
+        "-qmp", "stdio", "-serial", "tcp:127.0.0.1:0,server=on,wait=off",
+        "-chardev", f"file,id=f,path={tmp_path}/log", *ram_arguments(32, ram),
+    )  # fmt: skip
+    capability = ("x-ignore-shared",) if in_file else ()
+    running: list[Running] = []
     try:
-        out, err = process.communicate("\n".join(map(json.dumps, commands)), timeout=30)
+        running.append(Running(argv, tmp_path / "err"))
+        running[0].migrate("migrate", f"exec:cat >{state}", *capability)
+        running[0].process.kill()
+        running[0].process.wait()
+        before = (ram.read_bytes(), state.read_bytes())
+        ram.chmod(0o444)
+        for name in ("one", "t,wo"):
+            place = tmp_path / name
+            place.mkdir()
+            disk = place / "disk.qcow2"
+            subprocess.run(["qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", image, disk],
+                           check=True)  # fmt: skip
+            clone = clone_argv(
+                argv,
+                moved={str(tmp_path): str(place)},
+                disks={str(image): (str(disk), "qcow2")},
+                ram=ram if in_file else None,
+                qemu_version=version(),
+            )
+            running.append(Running(clone, place / "err"))
+            running[-1].migrate("migrate-incoming", f"exec:cat {state}", *capability)
+            running[-1].execute("cont")
+            assert (place / "log").exists()
+        assert (ram.read_bytes(), state.read_bytes()) == before
     finally:
-        process.kill()
-    assert process.returncode == 0, err
-    answers = [json.loads(line) for line in out.splitlines()]
-    return next(str(each["return"]["status"]) for each in answers if each.get("return"))
+        for each in running:
+            each.process.kill()
+            each.process.communicate()
