@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytest_nixvm import errors
+    from pytest_nixvm.fixtures import template
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.guest.result import CommandResult
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.settings import Settings
+    from pytest_nixvm.snapshots import Snapshot
 
-__all__ = ["CommandResult", "Fleet", "Machine", "Settings", "errors"]
+__all__ = ["CommandResult", "Fleet", "Machine", "Settings", "Snapshot", "errors", "template"]
 
 _HOMES = {
     "CommandResult": "pytest_nixvm.guest.result",
     "Fleet": "pytest_nixvm.fleet",
     "Machine": "pytest_nixvm.machine",
     "Settings": "pytest_nixvm.settings",
+    "Snapshot": "pytest_nixvm.snapshots",
+    "template": "pytest_nixvm.fixtures",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pytest_nixvm.errors import AgentError, MachineError, QmpError, ShellError
 from pytest_nixvm.guest.agent import Agent
@@ -15,7 +16,7 @@ from pytest_nixvm.guest.result import Command, CommandResult
 from pytest_nixvm.guest.serial import Serial
 from pytest_nixvm.guest.shell import Shell
 from pytest_nixvm.guest.ssh import Ssh
-from pytest_nixvm.guest.sshd import SshRefusal, access, install_key
+from pytest_nixvm.guest.sshd import SshRefusal, access, install_key, remove_key
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.running import Qemu
 
@@ -50,6 +51,24 @@ class Channels:
     def connect(self, timeout: float) -> None:
         """Connect to QEMU's sockets, before the guest's first output."""
         self.console.connect(timeout)
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what `adopt` needs in a clone of this machine, which is about to be frozen.
+
+        The session's key is taken out of it again. Raises as the channels do.
+        """
+        with self._lock:
+            for ssh in self._ssh.values():
+                remove_key(self.agent, ssh.access, self._keys.public_line)
+        self.hang_up()
+        return {"shell": self.shell.remembered() if self.has_shell() else None}
+
+    def adopt(self, remembered: Mapping[str, Any], timeout: float) -> None:
+        """Connect to a machine that is about to be loaded as it was frozen."""
+        self.connect(timeout)
+        self.agent.connect(timeout)
+        if remembered["shell"] is not None:
+            self.shell.adopt(remembered["shell"])
 
     def watch(self) -> None:
         """Begin to watch over the calls: the guest has booted."""

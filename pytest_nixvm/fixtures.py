@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,6 +30,50 @@ def nixvm(request: pytest.FixtureRequest) -> Fleet:
 def nixvm_machine(request: pytest.FixtureRequest) -> str:
     """The name of the machine that this test runs on."""
     return str(request.param)
+
+
+def template(
+    machine: str | None = None, *, depends: tuple[object, ...] = (), **properties: Any
+) -> Callable[[Callable[[Machine], object]], Any]:
+    """Make a fixture of a function that prepares a machine: a clone of that for each test.
+
+        @pytest_nixvm.template("db-server", depends=(Path("schema.sql"),))
+        def with_data(vm):
+            vm.copy_from_host("schema.sql", "/tmp/schema.sql")
+            vm.succeed("psql -f /tmp/schema.sql")
+
+        def test_query(with_data):
+            assert with_data.succeed("psql -tc 'select 1'")
+
+    The machine is prepared and frozen once, and kept between runs until it, the function's source
+    or any of `depends` changes (a path is what it holds, a function its source). Without `machine`
+    the test runs once for each selected one. `properties` are memory (MiB), cores and network.
+    """
+
+    def decorate(prepare: Callable[[Machine], object]) -> Any:
+        def clone(request: pytest.FixtureRequest) -> Iterator[Machine]:
+            run = request.config.stash[RUN]
+            name = machine or request.getfixturevalue("nixvm_machine")
+            try:
+                snapshot = run.fleet.template(name, prepare, depends=depends, **properties)
+                run.has_snapshot(request.fixturename or "", snapshot)
+                vm = snapshot.start()
+            except NixvmError as error:
+                fail(error)
+            with vm:
+                yield vm
+
+        def clone_of_each(
+            request: pytest.FixtureRequest,
+            nixvm_machine: str,  # noqa: ARG001 - makes a test of each machine
+        ) -> Iterator[Machine]:
+            yield from clone(request)
+
+        made = clone if machine is not None else clone_of_each
+        made.__doc__ = prepare.__doc__
+        return pytest.fixture(name=prepare.__name__)(made)
+
+    return decorate
 
 
 @pytest.fixture

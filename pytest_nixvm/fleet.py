@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import fnmatch
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pytest_nixvm import keep
-from pytest_nixvm.errors import BootError, MachineGoneError, SettingsError
+from pytest_nixvm.errors import (
+    BootError,
+    BuildError,
+    EvaluationError,
+    MachineGoneError,
+    SettingsError,
+)
 from pytest_nixvm.flake.build import MachineInfo, VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
 from pytest_nixvm.keep import Kept
-from pytest_nixvm.output import Output, make_directory
+from pytest_nixvm.output import Output
 from pytest_nixvm.progress import Progress, Silent
-from pytest_nixvm.qemu.accelerator import Accelerator, choose, find_qemu
-from pytest_nixvm.qemu.launch import LaunchSpec, private_directory
-from pytest_nixvm.qemu.loop import IoThread
-from pytest_nixvm.qemu.supervisor import Supervisor
 from pytest_nixvm.settings import MachineRequest, Settings
+from pytest_nixvm.snapshots import Snapshot
+from pytest_nixvm.spares import Spares, Want
+from pytest_nixvm.store import Store
+from pytest_nixvm.templates import Prepare, Templates, Unfreezable
+from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
-    from pytest_nixvm.guest.keys import KeyPair
     from pytest_nixvm.machine import Machine
+    from pytest_nixvm.qemu.template import Template
 
-# SSH and pexpect are imported when the first VM starts: a run that only collects is quicker.
 
-LEAST_FREE = 256 * 2**20
-"""Bytes that must be free where overlays are written; a boot alone writes some tens of MiB."""
+@dataclass(frozen=True)
+class Wanted:
+    """What the next test is going to start, and who will log in by SSH."""
+
+    what: Snapshot | tuple[str, MachineRequest]
+    users: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,11 @@ class Fleet:
         self.kept: list[Kept] = []
         # Called with each machine before it is powered on; `shared` is False for those of `start`.
         self.on_start: Callable[[Machine, bool], None] = lambda *_: None
+        self.on_end: Callable[[Machine], None] = lambda _: None
+        self.unfreezable: dict[str, str] = {}  # machine -> why each test boots one of its own
         self._known = None if known is None else tuple(known)
-        self._builds: dict[str, VmBuild] = {}
+        self._builds: dict[tuple[str, bool], VmBuild] = {}
+        self._template_of: dict[tuple[str, MachineRequest], Template | None] = {}
         self._shared: dict[_Shared, Machine] = {}
         self._left_running: list[Machine] = []
         self._unbootable: dict[_Shared, BootError] = {}
@@ -159,22 +171,29 @@ class Fleet:
             if not globs or any(fnmatch.fnmatchcase(machine.name, glob) for glob in globs)
         )
 
-    def build(self, name: str) -> VmBuild:
-        """Build a machine's VM, once. Raises `FlakeError` or one of its children."""
+    def build(self, name: str, *, freezable: bool = False) -> VmBuild:
+        """Build a machine's VM, once; `freezable` as `Flake.build` has it.
+
+        Raises `FlakeError` or one of its children.
+        """
         with self._lock:
-            if name not in self._builds:
-                self._builds[name] = self.flake.build(name)
-            return self._builds[name]
+            if (name, freezable) not in self._builds:
+                try:
+                    build = self.flake.build(name, freezable=freezable)
+                except (EvaluationError, BuildError) as error:
+                    if not freezable:
+                        raise
+                    # As it is, it may well be built; if not, that is what the user has to mend.
+                    build = self.build(name)
+                    self.unfreezable[name] = f"it can't be built without shares: {error}"
+                self._builds[name, freezable] = build
+            return self._builds[name, freezable]
 
-    def prepare(self, name: str) -> None:
+    def prepare(self, name: str, request: MachineRequest | None = None) -> None:
         """Do all that a start needs and that only the user can mend. Raises `UserError`."""
-        self.accelerator(self.build(name))
-        _ = self._scratch, self._sockets
-
-    def accelerator(self, build: VmBuild) -> Accelerator:
-        """Return how this build's QEMU will run its guest, after a trial where one is needed."""
-        qemu = find_qemu(build.start_script)
-        return choose(qemu, self.settings.accel, self.settings.cache)
+        build = self.build(name, freezable=self._freezes(request or self._request()))
+        self._workshop.accelerator(build)
+        _ = self._workshop.scratch, self._workshop.sockets
 
     # --- what runs -------------------------------------------------------------------------------
 
@@ -186,14 +205,14 @@ class Fleet:
         cores: int | None = None,
         network: str | None = None,
     ) -> Machine:
-        """Boot a VM of its own, on a fresh disk, and return it ready.
+        """Start a VM of its own, as it is after its boot, and return it ready.
 
-        `memory` is in MiB. Raises `FlakeError` if it can't be built, `QemuError` if QEMU does not
-        start, `BootError` if it does not get ready.
+        With isolation `test` that is a clone of its template, which is booted if there is none yet;
+        else, and where the machine can't be frozen, it boots on a fresh disk. It lasts until the
+        session ends; `with` ends it earlier. `memory` is in MiB. Raises `FlakeError` if it can't
+        be built, `QemuError` if QEMU does not start, `BootError` if it does not get ready.
         """
-        machine = self._make(name, self._request(memory, cores, network))
-        machine.start()
-        return machine
+        return self._fresh(name, self._request(memory, cores, network), shared=False)
 
     def _request(
         self, memory: int | None = None, cores: int | None = None, network: str | None = None
@@ -207,7 +226,7 @@ class Fleet:
         )
 
     def acquire(self, name: str, request: MachineRequest, scope: str) -> Machine:
-        """Return the VM that the tests of `scope` share, booted and ready.
+        """Return the VM that the tests of `scope` share, ready.
 
         One that has ended is replaced. A machine that did not boot once is not tried again: its
         `BootError` is raised for every test.
@@ -218,13 +237,12 @@ class Fleet:
             if machine is not None and machine.is_up():
                 return machine
             if machine is not None:
-                self._discard(key)
-            failed = _Shared(name, request.memory, request.cores, request.network, "")
+                self.end(self._shared.pop(key))
+            failed = replace(key, scope="")
             if failed in self._unbootable:
                 raise self._unbootable[failed]
             try:
-                machine = self._make(name, request)
-                machine.start()
+                machine = self._fresh(name, request, shared=True)
             except BootError as error:
                 self._unbootable[failed] = error
                 raise
@@ -235,7 +253,149 @@ class Fleet:
         """End the VMs that the tests of `scope` shared."""
         with self._lock:
             for key in [key for key in self._shared if key.scope == scope]:
-                self._discard(key)
+                self.end(self._shared.pop(key))
+
+    def expect(self, wanted: Sequence[Wanted]) -> None:
+        """Have spares ready for the next test: clones that are loaded in the background.
+
+        Returns at once; machines of which there is no template yet are left out.
+        """
+        with self._lock:
+            wants = []
+            for each in wanted:
+                if isinstance(each.what, Snapshot):
+                    template = each.what.template
+                    make: Callable[[Template], Machine] = each.what.make_clone
+                else:
+                    name, request = each.what
+                    template = self._template_of.get((name, replace(request, user=None)))
+                    make = partial(self._clone, name, request)
+                if template is not None:
+                    wants.append(Want(template, partial(make, template), each.users))
+            self._spares.expect(wants)
+
+    def _freezes(self, request: MachineRequest) -> bool:
+        # With another isolation the VM is the one that `nix run` starts, shares and all.
+        return "test" in (self.settings.isolation, request.isolation)
+
+    def _fresh(self, name: str, request: MachineRequest, *, shared: bool) -> Machine:
+        """Return a machine that is ready and was used by nobody."""
+        template = self._template(name, request) if self._freezes(request) else None
+        if template is not None:
+            return self._wake(template, partial(self._clone, name, request), shared)
+        build = self.build(name, freezable=self._freezes(request))
+        return self._power(self._workshop.make(build, request), shared)
+
+    def _template(self, name: str, request: MachineRequest) -> Template | None:
+        key = (name, replace(request, user=None))
+        if key not in self._template_of:
+            found = self._templates.of(self.build(name, freezable=True), request)
+            if isinstance(found, Unfreezable):
+                self.unfreezable.setdefault(name, found.reason)
+            self._template_of[key] = None if isinstance(found, Unfreezable) else found
+        return self._template_of[key]
+
+    def _clone(self, name: str, request: MachineRequest, template: Template) -> Machine:
+        return self._workshop.make(self.build(name, freezable=True), request, template=template)
+
+    def _wake(
+        self, template: Template, make: Callable[[Template], Machine], shared: bool
+    ) -> Machine:
+        spare = self._spares.take(template)
+        if spare is None:
+            return self._power(make(template), shared)
+        self.started.append(spare)
+        self.on_start(spare, shared)
+        spare.wake()
+        return spare
+
+    def _to_start(self, name: str, request: MachineRequest) -> Machine:
+        """Return a machine that is off, for somebody who is going to start it."""
+        freezes = self._freezes(request)
+        template = self._template(name, request) if freezes else None
+        build = self.build(name, freezable=freezes)
+        machine = self._workshop.make(build, request, template=template)
+        self.started.append(machine)
+        self._workshop.reserve(machine)
+        self.on_start(machine, False)
+        return machine
+
+    def _power(self, machine: Machine, shared: bool) -> Machine:
+        """Start a machine for the first time, when there is memory for it."""
+        self.started.append(machine)
+        try:
+            self._workshop.reserve(machine)
+            self.on_start(machine, shared)
+            machine.start()
+            self._workshop.started(machine)
+        except BaseException:
+            if machine.template is not None:
+                self.end(machine)
+            raise
+        return machine
+
+    # --- snapshots -------------------------------------------------------------------------------
+
+    def template(
+        self,
+        name: str,
+        prepare: Prepare,
+        *,
+        title: str = "",
+        depends: Sequence[object] = (),
+        memory: int | None = None,
+        cores: int | None = None,
+        network: str | None = None,
+    ) -> Snapshot:
+        """Prepare a machine with `prepare(vm)`, freeze it, and return where clones are had.
+
+            def with_data(vm):
+                vm.succeed("systemctl start postgresql")
+
+            prepared = nixvm.template("db-server", with_data)
+            vm = prepared.start()
+
+        It is kept between runs, and made anew when the machine changes, or the source of `prepare`,
+        or any of `depends`: functions that it calls, files that it copies, values. Raises what
+        `prepare` raises.
+        """
+        request = replace(self._request(memory, cores, network), isolation="test")
+        title = title or getattr(prepare, "__name__", "prepared")
+        build = self.build(name, freezable=True)
+        with self._lock:
+            found = self._templates.prepared(title, build, request, prepare, depends)
+        if isinstance(found, Unfreezable):
+            self.unfreezable[name] = found.reason
+
+            def boot() -> Machine:
+                machine = self._fresh(name, request, shared=False)
+                prepare(machine)
+                return machine
+
+            return Snapshot(title, name, None, boot, partial(self._clone, name, request))
+        return self._snapshot_of(title, name, found, partial(self._clone, name, request))
+
+    def _snapshot(self, machine: Machine, name: str) -> Snapshot:
+        """Do what `Machine.snapshot` promises."""
+        with self._lock:
+            template = self._templates.snapshot(machine, name)
+        spec = machine.spec
+        request = MachineRequest("test", spec.memory, spec.cores, spec.network)
+
+        def make(template: Template) -> Machine:
+            return self._workshop.make(machine.build, request, template=template)
+
+        return self._snapshot_of(name, machine.name, template, make)
+
+    def _snapshot_of(
+        self, title: str, name: str, template: Template, make: Callable[[Template], Machine]
+    ) -> Snapshot:
+        def start() -> Machine:
+            return self._wake(template, make, shared=False)
+
+        return Snapshot(title, name, template, start, make)
+
+    # --- the end of machines ---------------------------------------------------------------------
 
     def keep(self, machine: Machine) -> None:
         """Leave a VM running when the session ends; nobody gets it from now on.
@@ -252,50 +412,17 @@ class Fleet:
             self._left_running.append(machine)
             self._shared = {k: each for k, each in self._shared.items() if each is not machine}
 
-    def _discard(self, key: _Shared) -> None:
-        self._end(self._shared.pop(key))
-
-    def _end(self, machine: Machine) -> None:
-        machine.kill()
-        shutil.rmtree(machine.spec.scratch, ignore_errors=True)
-
-    def _make(self, name: str, request: MachineRequest) -> Machine:
-        from pytest_nixvm.machine import Machine
-
-        with self._lock:
-            if self._closed:
-                raise SettingsError("The fleet is closed: its session has ended.")
-            build = self.build(name)
-            number = len(self.started)
-            label = f"{name}-{number}"
-            output = self.out.directory(label)
-            sockets, scratch = self._sockets / str(number), self._scratch / label
-            make_directory(scratch)
-            sockets.mkdir(mode=0o700)
-            machine = Machine(
-                build,
-                LaunchSpec(
-                    name=name,
-                    start_script=build.start_script,
-                    accelerator=self.accelerator(build),
-                    sockets=sockets,
-                    scratch=scratch,
-                    console_log=output / "console.log",
-                    qemu_log=output / "qemu.log",
-                    memory=request.memory,
-                    cores=request.cores,
-                    network=request.network,
-                    arguments=keep.arguments(sockets) if self.settings.keep != "never" else (),
-                ),
-                supervisor=self._supervisor,
-                io=self._io,
-                keys=self._keys,
-                progress=self.progress,
-                boot_timeout=self.settings.boot_timeout,
-                output=output,
-            )
-            self.started.append(machine)
-            return machine
+    def end(self, machine: Machine) -> None:
+        """End a machine and remove what it has on disk, unless it is to be kept."""
+        if machine in self._left_running:
+            return
+        if self.settings.keep == "always" and machine in self.started:
+            self.keep(machine)
+            return
+        self._workshop.clear(machine)
+        if machine in self.started:
+            self.started.remove(machine)
+            self.on_end(machine)
 
     def run_test_script(
         self,
@@ -320,7 +447,7 @@ class Fleet:
         made: list[Machine] = []
 
         def make(machine: str) -> Machine:
-            made.append(self._make(machine, self._request()))
+            made.append(self._to_start(machine, self._request()))
             return made[-1]
 
         try:
@@ -332,8 +459,7 @@ class Fleet:
             raise
         finally:
             for machine in made:
-                if machine not in self._left_running and self.settings.keep != "always":
-                    self._end(machine)
+                self.end(machine)
 
     def interact(self, machine: Machine) -> None:
         """Open a shell in a VM on this terminal, for a look around; `pytest -s` has one.
@@ -347,54 +473,44 @@ class Fleet:
     def close(self) -> None:
         """End every VM and remove what they left. May be called twice."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._shared.clear()
             if self.settings.keep == "always":
                 for machine in self.started:
                     self.keep(machine)
-            for machine in self.started:
+            made = self.__dict__
+            if "_spares" in made:
+                self._spares.close()
+            for machine in list(self.started):
                 if machine in self._left_running:
                     machine.leave_running()
                 else:
-                    machine.kill()
-            made = self.__dict__
-            if "_supervisor" in made:
-                self._supervisor.close()
-            if "_io" in made:
-                self._io.close()
+                    self.end(machine)
+            if "_templates" in made:
+                self._templates.close()
+            self._workshop.close()
             if "out" in made:
                 self.out.close()
 
-    # --- what VMs need, made when the first one starts -------------------------------------------
+    # --- made when they are needed ---------------------------------------------------------------
 
     @cached_property
-    def _io(self) -> IoThread:
-        return IoThread()
+    def _workshop(self) -> Workshop:
+        workshop = Workshop(self.settings, self.progress, lambda: self.out)
+        workshop.make_room = lambda: self._spares.drop()
+        workshop.snapshot = self._snapshot
+        workshop.end = self.end
+        return workshop
 
     @cached_property
-    def _supervisor(self) -> Supervisor:
-        return Supervisor()
+    def _templates(self) -> Templates:
+        store = Store(self.settings.cache / "templates", self.settings.cache_size)
+        return Templates(
+            self._workshop, store, self.progress, lambda machine: self._power(machine, True)
+        )
 
     @cached_property
-    def _sockets(self) -> Path:
-        return private_directory(self._supervisor)
-
-    @cached_property
-    def _scratch(self) -> Path:
-        """A directory on disk for overlays: not in /tmp, which may be memory."""
-        base = self.settings.cache / "scratch"
-        make_directory(base)
-        free = shutil.disk_usage(base).free
-        if free < LEAST_FREE:
-            raise SettingsError(
-                f"The disk under {base} is full: {free // 2**20} MiB are free, and the VMs' disks "
-                f"need at least {LEAST_FREE // 2**20}. Free some, or name another place with "
-                "--nixvm-cache."
-            )
-        return self._supervisor.make_directory(base)
-
-    @cached_property
-    def _keys(self) -> KeyPair:
-        from pytest_nixvm.guest.keys import KeyPair
-
-        return KeyPair.generate(self._sockets)
+    def _spares(self) -> Spares:
+        return Spares(self._workshop)

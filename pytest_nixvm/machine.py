@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import MachineGoneError, OutOfMemoryError
@@ -22,7 +23,9 @@ from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.monitor import Monitor
 from pytest_nixvm.qemu.running import Qemu
 from pytest_nixvm.qemu.supervisor import Supervisor
+from pytest_nixvm.qemu.template import Template
 from pytest_nixvm.transcript import Transcript
+from pytest_nixvm.verbs.cloning import Cloning
 from pytest_nixvm.verbs.commands import Commands
 from pytest_nixvm.verbs.driver import Driver
 from pytest_nixvm.verbs.files import Files
@@ -30,16 +33,18 @@ from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT
 from pytest_nixvm.verbs.infra import MACHINES, Infra
 from pytest_nixvm.verbs.monitor import QemuMonitor
 from pytest_nixvm.verbs.network import Network
-from pytest_nixvm.verbs.power import Power
 from pytest_nixvm.verbs.screen import Screen
 from pytest_nixvm.verbs.units import Units
 from pytest_nixvm.verbs.waits import Waits
+
+if TYPE_CHECKING:
+    from pytest_nixvm.snapshots import Snapshot
 
 _KILLED = 128 + 9
 """The exit status of what SIGKILL has ended, which is how the kernel frees memory."""
 
 
-class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonitor, Files, Infra):
+class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMonitor, Files, Infra):
     """A VM: its power, its commands, its channels.
 
         vm.run("hostname")                      # CommandResult
@@ -66,11 +71,18 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         progress: Progress,
         boot_timeout: float,
         output: Path,
+        template: Template | None = None,
+        snapshot: Callable[[Machine, str], Snapshot],
+        end: Callable[[Machine], None],
     ) -> None:
         self.name = build.name
         self.build = build
         self.spec = spec
         self.output = output
+        self.template = template
+        self.loaded = False  # whether it was powered on as a clone
+        self.frozen = False  # whether it has ended as a template
+        self.woken_in = 0.0  # seconds that the clone kept somebody waiting
         self.progress = progress
         self.boots: list[BootReport] = []
         self.settled: dict[Path, int] = {}  # bytes of each console log when its last boot was over
@@ -83,10 +95,19 @@ class Machine(Driver, Power, Commands, Waits, Units, Screen, Network, QemuMonito
         self._lock = threading.RLock()
         self._on: Channels | None = None
         self._no_shell = ""
+        self._snapshot = snapshot
+        self._end = end
         MACHINES[self.name] = self
 
     def __repr__(self) -> str:
         return f"<Machine {self.name} {'up' if self.is_up() else 'down'}>"
+
+    def __enter__(self) -> Machine:
+        """Return the machine; the block's end ends it, and removes what it has on disk."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(self)
 
     # --- channels ------------------------------------------------------------------------------
 

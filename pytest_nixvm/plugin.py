@@ -146,6 +146,11 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 # --- tests ---------------------------------------------------------------------------------------
 
 
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Prepare for the next test while this one runs."""
+    item.config.stash[RUN].set_up()
+
+
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """End the VMs that no later test shares."""
     item.config.stash[RUN].leave(item, nextitem)
@@ -168,9 +173,11 @@ def pytest_runtest_makereport(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
     """Note which test is under way; drop what was known of it when it is over."""
-    item.config.stash[RUN].begin(item)
+    item.config.stash[RUN].begin(item, nextitem)
     try:
         return (yield)
     finally:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -17,6 +18,7 @@ import pytest
 
 from pytest_nixvm.errors import NixvmError, SettingsError, UserError
 from pytest_nixvm.progress import Progress, Silent
+from pytest_nixvm.report.account import Account
 from pytest_nixvm.report.cases import Case
 from pytest_nixvm.report.timeline import Recorded, Timeline
 from pytest_nixvm.settings import MachineRequest, Settings
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_nixvm.flake.build import MachineInfo
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.machine import Machine
+    from pytest_nixvm.snapshots import Snapshot
 
 # The rooms below are imported when a test needs them: a pytest run without VMs, in whose process
 # this plugin is as well, should not pay for SSH and QMP.
@@ -38,16 +41,18 @@ class Run:
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.config = config
         self.settings = settings
-        self.booted: list[dict[str, Any]] = []
-        self.kept: list[list[str]] = []  # how to get into each VM that is left running
+        self.account = Account()
         self.timeline = Timeline()
         self.cases: dict[str, Case] = {}
         self._problems: list[str] = []
         self._closed = False
         self._current: pytest.Item | None = None
+        self._next: pytest.Item | None = None
         self._own: list[Machine] = []  # what tests have started by themselves
+        self._snapshots: dict[str, Snapshot] = {}  # those of `template`, by their fixture's name
         self._told: dict[str, Any] | None = getattr(config, "workerinput", {}).get("nixvm")
-        self._prepared: set[str] = set()
+        self._prepared: set[tuple[str, MachineRequest | None]] = set()
+        self._failed: set[Path] = set()  # output directories of machines that failed tests used
 
     @property
     def is_worker(self) -> bool:
@@ -105,21 +110,19 @@ class Run:
             known=[MachineInfo(**machine) for machine in told["machines"]] if told else None,
         )
         fleet.on_start = self._started
+        fleet.on_end = self._ended
         return fleet
 
     def close(self) -> None:
         """End every VM."""
         if "fleet" in self.__dict__:
-            started = self.fleet.started
             if not self._closed:
-                seen: set[str] = set()
-                for machine in started:
-                    self.booted.append(_told(machine, first=machine.name not in seen))
-                    seen.add(machine.name)
-                    self.timeline.add_waits(machine.name, machine.transcript.entries)
+                for machine in list(self.fleet.started):
+                    self._account(machine)
             self.fleet.close()
             if not self._closed:
-                self.kept += [kept.lines() for kept in self.fleet.kept]
+                self.account.kept += [kept.lines() for kept in self.fleet.kept]
+                self.account.unfreezable |= self.fleet.unfreezable
             self._closed = True
         if "progress" in self.__dict__:
             self.progress.close()
@@ -201,13 +204,14 @@ class Run:
         """Build what these tests need. Raises `pytest.UsageError`."""
         if self.is_worker or self.is_controller:
             return
-        needed = dict.fromkeys(
-            name
-            for item in items
-            if item.get_closest_marker("skip") is None
-            for name in item_machines(item)
+        self._prepare(
+            dict.fromkeys(
+                (name, replace(self.request(item), user=None))
+                for item in items
+                if item.get_closest_marker("skip") is None
+                for name in item_machines(item)
+            )
         )
-        self._prepare(needed)
 
     def prepare_ids(self, ids: Iterable[str]) -> None:
         """Build what the tests of these node ids need: a controller has no more than ids.
@@ -221,40 +225,78 @@ class Run:
             return
         testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
         self._prepare(
-            name for name in testable if re.search(rf"[\[+-]{re.escape(name)}[\]+-]", text)
+            (name, None) for name in testable if re.search(rf"[\[+-]{re.escape(name)}[\]+-]", text)
         )
 
-    def _prepare(self, names: Iterable[str]) -> None:
+    def _prepare(self, needed: Iterable[tuple[str, MachineRequest | None]]) -> None:
         try:
-            for name in names:
-                if name not in self._prepared:
-                    self._prepared.add(name)
-                    self.fleet.prepare(name)
+            for name, request in needed:
+                if (name, request) not in self._prepared:
+                    self._prepared.add((name, request))
+                    self.fleet.prepare(name, request)
         except UserError as error:
             raise pytest.UsageError(str(error)) from error
 
     # --- around each test ------------------------------------------------------------------------
 
     def acquire(self, item: pytest.Item, name: str) -> Machine:
-        """Return the VM that a test shares with others of its isolation."""
+        """Return the test's own VM, or the one that it shares with others of its isolation."""
         request = self.request(item)
         machine = self.fleet.acquire(name, request, scope(item, request))
         self.used(item, machine, fresh=False)
         return machine
 
-    def begin(self, item: pytest.Item) -> None:
+    def begin(self, item: pytest.Item, following: pytest.Item | None) -> None:
         """Note that a test begins, with the VMs that tests have started by themselves."""
-        self._current = item
+        self._current, self._next = item, following
         for machine in self._own:
             if machine.is_up():
                 self.used(item, machine, fresh=False)
+
+    def set_up(self) -> None:
+        """Have the next test's VMs loaded while this one runs: it has its own by now."""
+        following = self._next
+        if following is None or "fleet" not in self.__dict__:
+            return
+        from pytest_nixvm.fleet import Wanted
+
+        names = getattr(following, "fixturenames", ())
+        wanted = [Wanted(snapshot) for name, snapshot in self._snapshots.items() if name in names]
+        with suppress(SettingsError):
+            request = self.request(following)
+            users = (request.user,) if "ssh" in names else ()
+            if request.isolation == "test" and {"vm", "machines"} & set(names):
+                wanted += [
+                    Wanted((machine, request), users) for machine in item_machines(following)
+                ]
+        self.fleet.expect(wanted)
+
+    def has_snapshot(self, fixture: str, snapshot: Snapshot) -> None:
+        """Take note of what a fixture of `template` hands clones of to each test."""
+        self._snapshots[fixture] = snapshot
 
     def _started(self, machine: Machine, shared: bool) -> None:
         """Note that a VM is about to be powered on; should it not boot, its console counts."""
         if not shared:
             self._own.append(machine)
         if self._current is not None:
-            self.used(self._current, machine, fresh=True)
+            self.used(self._current, machine, fresh=machine.template is None)
+
+    def _ended(self, machine: Machine) -> None:
+        """Note that a VM has been ended for good."""
+        self._account(machine)
+        if machine in self._own:
+            self._own.remove(machine)
+        if machine.frozen:  # a template: no test has used it
+            for case in self.cases.values():
+                case.marks = [mark for mark in case.marks if mark.machine is not machine]
+        if machine.output not in self._failed and not self.account.shows(machine.output):
+            shutil.rmtree(machine.output, ignore_errors=True)
+
+    def _account(self, machine: Machine) -> None:
+        """Take a VM into the summary."""
+        self.timeline.add_waits(machine.name, machine.transcript.entries)
+        self.account.add(machine)
 
     def case(self, item: pytest.Item) -> Case:
         """Return what is known of a test that is under way."""
@@ -274,6 +316,7 @@ class Run:
         if case is None or not case.marks:
             return
         found = case.fail(report, self.config, self.settings, self.fleet.out)
+        self._failed.update(mark.machine.output for mark in case.marks)
         # junit takes a test's properties from the report of its teardown, which is made of these.
         item.user_properties += [
             each for each in report.user_properties if each not in item.user_properties
@@ -294,9 +337,10 @@ class Run:
                 case.photograph(mark, self.fleet.out)
 
     def leave(self, item: pytest.Item, following: pytest.Item | None) -> None:
-        """End the VMs that were shared by the tests of a module that is over."""
+        """End the test's own VMs, and those that were shared in a module that is over."""
         if "fleet" not in self.__dict__:
             return
+        self.fleet.release(item.nodeid)
         module = module_of(item)
         if following is None or module_of(following) != module:
             self.fleet.release(module)
@@ -323,13 +367,12 @@ class Run:
 
     def told(self) -> dict[str, Any]:
         """Return what a worker tells the controller at its end."""
-        return {"booted": self.booted, "kept": self.kept, "timeline": self.timeline.told()}
+        return {"account": self.account.told(), "timeline": self.timeline.told()}
 
     def hear(self, told: dict[str, Any] | None) -> None:
         """Take a worker's tale into this run's."""
         if told is not None:
-            self.booted += told["booted"]
-            self.kept += told["kept"]
+            self.account.hear(told["account"])
             self.timeline.hear(told["timeline"])
 
 
@@ -378,23 +421,9 @@ def module_of(item: pytest.Item) -> str:
 
 def scope(item: pytest.Item, request: MachineRequest) -> str:
     """Return the name under which tests share a VM."""
+    if request.isolation == "test":
+        return item.nodeid
     return module_of(item) if request.isolation == "module" else "session"
-
-
-def _told(machine: Machine, *, first: bool) -> dict[str, Any]:
-    return {
-        "name": machine.name,
-        "accelerator": machine.spec.accelerator.name,
-        "evaluated": machine.build.evaluated if first else 0.0,
-        "built": machine.build.built if first else 0.0,
-        "boots": [boot.seconds for boot in machine.boots],
-        "failed_units": [unit for boot in machine.boots[-1:] for unit in boot.failed_units],
-        "overrides": [
-            f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
-        ],
-        "commands": machine.commands_note,
-        "output": str(machine.output),
-    }
 
 
 def fail(error: NixvmError) -> NoReturn:

@@ -17,16 +17,18 @@ import platformdirs
 
 from pytest_nixvm.errors import SettingsError
 
-Isolation = Literal["module", "session"]
+Isolation = Literal["test", "module", "session"]
 Network = Literal["isolated", "nat"]
 Keep = Literal["never", "failed", "always"]
 Screenshot = Literal["off", "on", "only-on-failure"]
 
-ISOLATIONS = ("module", "session")
+ISOLATIONS = ("test", "module", "session")
 NETWORKS = ("isolated", "nat")
 KEEPS = ("never", "failed", "always")
 SCREENSHOTS = ("off", "on", "only-on-failure")
 ACCELERATORS = ("auto", "kvm", "tcg")
+DEFAULT_CACHE_SIZE = 20
+"""GiB of templates; one is as large as what its guest has written to memory and disk."""
 DEFAULT_BOOT_TIMEOUT = 300.0
 """Seconds from QEMU's start to a settled system; a large NixOS host under TCG needs minutes."""
 
@@ -69,7 +71,11 @@ OPTIONS = (
         values=2,
         repeat=True,
     ),
-    Option("isolation", "|".join(ISOLATIONS), "how long tests share a VM (default: session)"),
+    Option(
+        "isolation",
+        "|".join(ISOLATIONS),
+        "how long tests share a VM; with test, each gets a pristine clone (default: test)",
+    ),
     Option("accel", "|".join(ACCELERATORS), "how QEMU runs the guest (default: auto)"),
     Option("memory", "MIB", "the VMs' memory, instead of what they configure"),
     Option("cores", "N", "the VMs' processors, instead of what they configure"),
@@ -100,7 +106,17 @@ OPTIONS = (
         "where a run leaves consoles, logs and a folder for each failed test "
         "(default: below the cache)",
     ),
-    Option("cache", "DIR", "where evaluations, results and scratch disks live (default: per user)"),
+    Option(
+        "cache",
+        "DIR",
+        "where evaluations, results, templates and scratch disks live (default: per user)",
+    ),
+    Option(
+        "cache-size",
+        "GIB",
+        f"the most that templates may take there (default: {DEFAULT_CACHE_SIZE}); the least "
+        "recently used go first",
+    ),
     Option("offline", "", "let Nix download nothing", values=0),
 )
 
@@ -123,6 +139,7 @@ class Settings:
     screenshot: Screenshot
     output: Path | None
     cache: Path
+    cache_size: int  # bytes
     offline: bool
 
     @classmethod
@@ -156,7 +173,7 @@ class Settings:
             machine=tuple(reader.words("machine")),
             override_input=reader.references("override-input"),
             nix_option=reader.pairs("nix-option"),
-            isolation=cast(Isolation, reader.one_of("isolation", ISOLATIONS, "session")),
+            isolation=cast(Isolation, reader.one_of("isolation", ISOLATIONS, "test")),
             accel=cast(
                 'Literal["auto", "kvm", "tcg"]', reader.one_of("accel", ACCELERATORS, "auto")
             ),
@@ -170,6 +187,7 @@ class Settings:
             ),
             output=reader.path("output"),
             cache=reader.path("cache") or platformdirs.user_cache_path("pytest-nixvm"),
+            cache_size=(reader.whole("cache-size") or DEFAULT_CACHE_SIZE) * 2**30,
             offline=reader.yes("offline"),
         )
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pytest_nixvm.errors import (
     ChannelError,
@@ -341,6 +341,23 @@ class Shell:
             while self._ports.is_open(slot.pair) and not grace.expired:
                 time.sleep(0.005)
             self._ports.unplug(slot.pair)
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what `adopt` needs in a clone; call it when the machine is about to be frozen.
+
+        Only the first shell is left then, and it waits for a command. Raises as `run`.
+        """
+        self.unplug()
+        # Also takes what earlier commands have left on their way out of the guest.
+        self.run(":", timeout=START_TIMEOUT, check=True)
+        return self._slots[0].remembered()
+
+    def adopt(self, remembered: Mapping[str, Any]) -> None:
+        """Go on with the shell that was there when the machine was frozen.
+
+        Called before the clone runs. Raises `MachineGoneError`.
+        """
+        self._slots[0].adopt(remembered)
 
     def close(self) -> None:
         """Hang up; commands that are under way end with `MachineGoneError`. May be called twice."""

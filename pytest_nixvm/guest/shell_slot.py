@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pytest_nixvm.errors import QmpError, ShellError
 from pytest_nixvm.guest.shell_script import Places, starter
@@ -134,6 +134,18 @@ class Slot:
                 output.flush()
         self._marks = [nonce]
         self._doubted = False
+        self.state = State.READY
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what `adopt` needs to go on with this shell in a clone of the machine."""
+        return {"pid": self._pid, "cgroup": self._has_cgroup, "marks": self._marks[:1]}
+
+    def adopt(self, remembered: Mapping[str, Any]) -> None:
+        """Connect to a shell that waits on the ports already: the machine is a clone."""
+        self.stream.connect()
+        self._pid = str(remembered["pid"])
+        self._has_cgroup = bool(remembered["cgroup"])
+        self._marks = [str(mark) for mark in remembered["marks"]]
         self.state = State.READY
 
     def run(

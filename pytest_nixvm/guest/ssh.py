@@ -65,7 +65,7 @@ class Ssh:
         self.user = access.user
         self.host = host
         self.port = port
-        self._access = access
+        self.access = access
         self._keys = keys
         self._directory = directory
         self._agent = agent
@@ -114,7 +114,7 @@ class Ssh:
         """The command that opens the same log-in in a person's terminal."""
         known = self._directory / f"known_hosts-{self.port}"
         name = f"[{self.host}]:{self.port}"
-        known.write_text("".join(f"{name} {line}\n" for line in self._access.host_keys))
+        known.write_text("".join(f"{name} {line}\n" for line in self.access.host_keys))
         options = {
             "UserKnownHostsFile": known,
             "GlobalKnownHostsFile": "/dev/null",
@@ -141,7 +141,7 @@ class Ssh:
         client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
         name = f"[{self.host}]:{self.port}"
-        for line in self._access.host_keys:
+        for line in self.access.host_keys:
             entry = paramiko.hostkeys.HostKeyEntry.from_line(f"{name} {line}")
             if entry is not None and entry.key is not None:
                 client.get_host_keys().add(name, entry.key.get_name(), entry.key)
@@ -173,7 +173,7 @@ class Ssh:
         return client
 
     def _no_login(self, error: Exception) -> SshError:
-        guest_port = self._access.port
+        guest_port = self.access.port
         text = f"No SSH log-in as {self.user} on port {self.port} (the guest's {guest_port}): "
         if isinstance(error, paramiko.BadHostKeyException):
             text += "the machine's host key is not the one that its agent reported."
@@ -186,7 +186,7 @@ class Ssh:
             text += f"{error or type(error).__name__}."
         if self._agent is not None:
             with suppress(AgentError, MachineGoneError):
-                text += "\n" + explain(self._agent, self._access)
+                text += "\n" + explain(self._agent, self.access)
         return SshError(text)
 
     @contextmanager
@@ -195,7 +195,7 @@ class Ssh:
         if not self._sessions.acquire(timeout=deadline.remaining()):
             raise SshError(
                 f"All SSH sessions of {self.user} were in use for {deadline.seconds:g} s "
-                f"(MaxSessions {self._access.max_sessions})."
+                f"(MaxSessions {self.access.max_sessions})."
             )
         try:
             channel = self._open(deadline)

@@ -54,6 +54,13 @@ fi
   chmod 0644 "$new" && mv -f "$new" "$file"
 """
 
+_REMOVE = """
+file=$1; line=$(cat)
+[ -e "$file" ] || exit 0
+rest=$(grep -vxF -- "$line" "$file"); printf '%s' "${rest:+$rest
+}" >"$file"
+"""
+
 _EXPLAIN = """
 if nft list ruleset 2>/dev/null | grep -q 'hook input'; then echo nftables
 elif iptables -S INPUT 2>/dev/null | grep -qv '^-P INPUT ACCEPT'; then echo iptables; fi
@@ -144,6 +151,16 @@ def install_key(agent: Agent, found: SshAccess, public_key: str) -> None:
     if not result.ok:
         raise AgentError(
             f"The session's key can't be written to {found.keys_file}: {result.stderr.strip()}"
+        )
+
+
+def remove_key(agent: Agent, found: SshAccess, public_key: str) -> None:
+    """Take out again what `install_key` has put in. Raises `AgentError`."""
+    argv = ["/bin/sh", "-c", _REMOVE, "nixvm-remove-key", found.keys_file]
+    result = agent.exec(argv, stdin=public_key + "\n")
+    if not result.ok:
+        raise AgentError(
+            f"The session's key can't be taken out of {found.keys_file}: {result.stderr.strip()}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from pytest_nixvm.errors import SettingsError
 from pytest_nixvm.qemu.accelerator import Accelerator
 from pytest_nixvm.qemu.ports import BUS, Pair
+from pytest_nixvm.qemu.replay import ram_arguments
 from pytest_nixvm.qemu.supervisor import Supervisor
 
 AGENT_PORT = "org.qemu.guest_agent.0"
@@ -114,6 +115,7 @@ class LaunchSpec:
     memory: int | None = None  # MiB, None = as configured
     cores: int | None = None
     network: Literal["isolated", "nat"] = "isolated"
+    ram: Path | None = None  # a file that is the memory: the machine is to be frozen
     arguments: tuple[str, ...] = ()  # more arguments for QEMU, after ours
 
     @property
@@ -204,7 +206,16 @@ def arguments(spec: LaunchSpec, script: str, guest: str) -> tuple[str, ...]:
     if x86 and "vmgenid" not in script:
         # Tells a clone's kernel to reseed its random numbers.
         result += ["-device", "vmgenid,guid=auto"]
+    memory = spec.memory or configured_memory(script)
+    if spec.ram is not None and memory is not None:
+        result += ram_arguments(memory, spec.ram)
     return (*result, *spec.arguments)
+
+
+def configured_memory(script: str) -> int | None:
+    """Return the memory that a start script configures, in MiB; None if it can't be told."""
+    found = re.findall(r"(?<=\s)-m[\s=]+(\d+)(?=\s)", script)
+    return int(found[-1]) if found else None
 
 
 def environment(spec: LaunchSpec, script: str, guest: str) -> dict[str, str]:

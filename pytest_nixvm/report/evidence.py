@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm.errors import NixvmError, tail
 from pytest_nixvm.guest.console import Cleaner
+from pytest_nixvm.qemu.template import CONSOLE
 from pytest_nixvm.transcript import Entry
 from pytest_nixvm.wait import Deadline
 
@@ -64,8 +65,13 @@ class Mark:
         """Take note of a machine; `fresh` is one that was started for this test."""
         uptime = 0.0
         logs: dict[Path, int] = {}
-        failed = machine.boots[-1].failed_units if machine.boots else ()
-        if not fresh:
+        failed = machine.boot.failed_units if machine.boot is not None else ()
+        if machine.template is not None and not machine.boots and not machine.is_up():
+            # A clone that is about to wake; its template's boot is not this test's.
+            uptime = machine.uptime
+            shown = machine.template.directory / CONSOLE
+            logs = {machine.spec.console_log: shown.stat().st_size if shown.exists() else 0}
+        elif not fresh:
             try:
                 uptime = float(machine.run(_UPTIME, timeout=10).stdout)
             except (NixvmError, ValueError):

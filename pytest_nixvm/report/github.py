@@ -9,7 +9,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pytest_nixvm.report.account import Account
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Failure:
     folder: str = ""
 
 
-def summary(failures: list[Failure], booted: list[dict[str, Any]], passed: int) -> str:
+def summary(failures: list[Failure], account: Account, passed: int) -> str:
     """Return the step's summary in Markdown."""
-    machines = ", ".join(dict.fromkeys(vm["name"] for vm in booted)) or "none"
+    machines = ", ".join(account.overrides) or "none"
     verdict = f"{len(failures)} failed" if failures else "all passed"
     lines = [
         f"### NixOS machines: {verdict}",
@@ -41,10 +42,12 @@ def summary(failures: list[Failure], booted: list[dict[str, Any]], passed: int) 
         ]
         lines.append("")
     lines += ["| machine | accelerator | boots | failed units |", "|---|---|---|---|"]
-    for vm in booted:
+    for vm in account.booted:
         boots = ", ".join(f"{seconds:.1f} s" for seconds in vm["boots"]) or "did not boot"
         units = _cell(", ".join(vm["failed_units"]))
         lines.append(f"| {_cell(vm['name'])} | {vm['accelerator']} | {boots} | {units} |")
+    for name, seconds in account.cloned.items():
+        lines.append(f"| {_cell(name)} | {len(seconds)} clones | | |")
     return "\n".join(lines) + "\n\n"
 
 

@@ -37,12 +37,12 @@ class Session:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Write what the session leaves behind; the VMs have ended by now."""
         run = self._run
-        if not run.booted:
+        if not run.account.overrides:
             return
         picture = run.timeline.svg()
         if picture and self._failures:
             run.fleet.out.file("timeline.svg").write_text(picture, encoding="utf-8")
-        github.write_summary(github.summary(self._failures, run.booted, len(self._passed)))
+        github.write_summary(github.summary(self._failures, run.account, len(self._passed)))
         if github.is_here():
             for failure in self._failures:
                 terminalreporter.line(github.annotation(failure))
@@ -50,7 +50,7 @@ class Session:
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
         """Show the timeline above pytest-html's table."""
-        if self._run.booted:
+        if self._run.account.overrides:
             prefix.append(f"<h2>Timeline</h2>{self._run.timeline.svg()}")
 
 

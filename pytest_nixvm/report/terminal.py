@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import shutil
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +47,12 @@ def _accelerator(run: Run) -> str:
 
 
 def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
-    """Write one line for each VM that was booted."""
-    if run.is_worker or not run.booted or reporter.verbosity < 0:
+    """Write one line for each VM that was booted, and one for each machine that was cloned."""
+    account = run.account
+    if run.is_worker or not account.overrides or reporter.verbosity < 0:
         return
     reporter.section("nixvm")
-    for vm in run.booted:
+    for vm in account.booted:
         steps = []
         if vm["evaluated"] >= 0.05:
             steps.append(f"evaluated in {vm['evaluated']:.1f} s")
@@ -58,14 +60,24 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
             steps.append(f"built in {vm['built']:.1f} s")
         booted = [f"{seconds:.1f} s" for seconds in vm["boots"]]
         steps.append(f"booted in {', '.join(booted)}" if booted else "did not boot")
+        if vm["frozen"]:
+            steps.append("frozen")
         line = f"{vm['name']} ({vm['accelerator']}): {', '.join(steps)}; output: {vm['output']}"
         reporter.line(line)
-        for override in vm["overrides"]:
-            reporter.line(f"    not as configured: {override}", yellow=True)
         if vm["commands"]:
             reporter.line(f"    {vm['commands']}", yellow=True)
         if vm["failed_units"]:
             reporter.line(f"    failed units: {', '.join(vm['failed_units'])}", yellow=True)
-    for lines in run.kept:
+    for name, seconds in account.cloned.items():
+        middle = statistics.median(seconds)
+        clones = "1 clone" if len(seconds) == 1 else f"{len(seconds)} clones"
+        reporter.line(f"{name}: {clones}, ready after {middle:.2f} s (median)")
+    for name, reason in account.unfreezable.items():
+        text = f"{name}: each test booted a VM of its own, for it can't be frozen: {reason}"
+        reporter.line(text, yellow=True)
+    for name, overrides in account.overrides.items():
+        for override in overrides:
+            reporter.line(f"{name} was not as configured: {override}", yellow=True)
+    for lines in account.kept:
         for line in lines:
             reporter.line(line, bold=not line.startswith(" "))

@@ -1,0 +1,89 @@
+"""A clone wakes: its clock and its random numbers must not be those of its template.
+
+A frozen kernel goes on with the time at which it was frozen, and every clone with the same random
+numbers. QEMU's vmgenid tells the kernel that it was cloned, and it reseeds at once (Linux 5.18,
+drivers/virt/vmgenid.c); where the kernel does not know that device, random bytes of the host's
+are put in and the kernel is told to reseed, by whatever of the guest's can call ioctl.
+
+Sources: random(4), drivers/char/random.c.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from pytest_nixvm.errors import AgentError
+from pytest_nixvm.guest.agent import Agent
+from pytest_nixvm.guest.result import CommandResult
+from pytest_nixvm.wait import Deadline
+
+CLOCK_TOLERANCE = 0.08
+"""Seconds that the clock of a clone may be off; the rest of a tenth is for measuring it."""
+
+VMGENID, IOCTL, NONE = "vmgenid", "ioctl", "none"
+"""How a clone gets random numbers of its own."""
+
+_VMGENID = """
+for bus in acpi platform; do
+  for device in /sys/bus/$bus/drivers/vmgenid/*:*; do [ -e "$device" ] && echo vmgenid && exit; done
+done
+for program in perl python3; do command -v $program >/dev/null && echo ioctl && exit; done
+echo none
+"""
+
+# RNDADDENTROPY is _IOW('R', 3, int[2]), RNDRESEEDCRNG is _IO('R', 7): include/uapi/linux/random.h.
+_RESEED = """
+if command -v perl >/dev/null; then exec perl -e '
+  local $/; my $bytes = <STDIN>;
+  open(my $random, ">", "/dev/random") or die $!;
+  my $pool = pack("ii", 8 * length $bytes, length $bytes) . $bytes;
+  ioctl($random, 0x40085203, $pool) or die $!; ioctl($random, 0x5207, 0) or die $!;'
+else exec python3 -c '
+import fcntl, struct, sys
+data = sys.stdin.buffer.read()
+with open("/dev/random", "wb", 0) as random:
+    fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(data), len(data)) + data)
+    fcntl.ioctl(random, 0x5207)'
+fi
+"""
+
+
+def entropy_source(agent: Agent) -> str:
+    """Return how clones of this machine will get random numbers of their own, or `NONE`."""
+    return agent.exec(_VMGENID, timeout=30).stdout.strip() or NONE
+
+
+def reseed(agent: Agent) -> None:
+    """Put random bytes of the host's into the guest's kernel. Raises `AgentError`."""
+    result: CommandResult = agent.exec(_RESEED, stdin=secrets.token_bytes(64), timeout=30)
+    if not result.ok:
+        raise AgentError(f"The guest's kernel can't be reseeded: {result.stderr.strip()}")
+
+
+def set_clock(agent: Agent, timeout: float = 30) -> None:
+    """Set the guest's clock to the host's, and make sure of it.
+
+    Raises `AgentError` if it is still more than `CLOCK_TOLERANCE` off after `timeout` seconds.
+    """
+    deadline = Deadline(timeout)
+    off = _clock_off(agent)
+    while abs(off) > CLOCK_TOLERANCE:
+        agent.set_time(timeout=max(1.0, deadline.remaining()))
+        off = _clock_off(agent)
+        if deadline.expired and abs(off) > CLOCK_TOLERANCE:
+            raise AgentError(f"The guest's clock is {off:+.2f} s off, and can't be set better.")
+
+
+def _clock_off(agent: Agent) -> float:
+    """Return by how many seconds the guest's clock is ahead, as exactly as can be known."""
+    best, off = float("inf"), 0.0
+    for _ in range(3):
+        before = time.time()
+        guest = agent.time()
+        took = time.time() - before
+        if took < best:
+            best, off = took, guest - (before + took / 2)
+        if best < CLOCK_TOLERANCE / 2:
+            break
+    return off

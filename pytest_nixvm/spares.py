@@ -1,0 +1,160 @@
+"""Clones that are loaded while a test runs, so that the next test need not wait for its own.
+
+A spare was woken until its channels answered, and is paused: what it needs is in memory, what it
+runs is translated. One is prepared at a time, so that the test that runs keeps its processors.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pytest_nixvm.errors import NixvmError
+from pytest_nixvm.workshop import Workshop
+
+if TYPE_CHECKING:
+    from pytest_nixvm.machine import Machine
+    from pytest_nixvm.qemu.template import Template
+
+MOST = 4
+"""Spares at most: a test that wants more machines than these is a rare one."""
+
+
+@dataclass
+class Want:
+    """A spare to be: what makes it, and who is going to log in by SSH."""
+
+    template: Template
+    make: Callable[[], Machine]
+    users: Sequence[str | None] = ()
+    machine: Machine | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Spares:
+    """The spares of one process. For any thread."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._workshop = workshop
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._wants: deque[Want] = deque()  # not begun yet
+        self._spares: list[Want] = []  # begun, and those that are ready
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        # One processor is the test's.
+        self.enabled = (os.cpu_count() or 1) > 1
+
+    def expect(self, wants: Sequence[Want]) -> None:
+        """Prepare these, and let go of those that nobody wants any more. Returns at once."""
+        with self._lock:
+            if self._closed or not self.enabled:
+                return
+            missing = list(wants)[:MOST]
+            unwanted = []
+            for spare in self._spares:
+                match = next((want for want in missing if _serves(spare, want)), None)
+                if match is None:
+                    unwanted.append(spare)
+                else:
+                    missing.remove(match)
+            self._wants = deque(missing)
+            self._spares = [spare for spare in self._spares if spare not in unwanted]
+            if missing and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="nixvm-spare", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        for spare in unwanted:
+            self._end(spare)
+
+    def take(self, template: Template) -> Machine | None:
+        """Return a spare of this template, paused, or None. One that is nearly there is waited for.
+
+        The caller wakes it.
+        """
+        with self._lock:
+            spare = next((each for each in self._spares if each.template is template), None)
+            if spare is None:
+                # It was not begun: to do so now would take as long as to make one at once.
+                self._wants = deque(want for want in self._wants if want.template is not template)
+                return None
+            self._spares.remove(spare)
+        spare.done.wait()
+        machine = spare.machine
+        if machine is None:
+            return None
+        if not machine.qemu.alive:
+            self._workshop.clear(machine)
+            return None
+        return machine
+
+    def drop(self) -> bool:
+        """End a spare: its memory is needed. False if there is none."""
+        with self._lock:
+            self._wants.clear()
+            spare = self._spares.pop() if self._spares else None
+        if spare is None:
+            return False
+        self._end(spare)
+        return True
+
+    def close(self) -> None:
+        """End all of them."""
+        with self._lock:
+            self._closed = True
+            self._wants.clear()
+            spares, self._spares = self._spares, []
+            self._changed.notify_all()
+        for spare in spares:
+            self._end(spare)
+        if self._thread is not None:
+            self._thread.join(60)
+
+    def _end(self, spare: Want) -> None:
+        spare.done.wait()
+        if spare.machine is not None:
+            self._workshop.clear(spare.machine)
+
+    # --- in the background ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._changed.wait_for(lambda: self._wants or self._closed)
+                if self._closed:
+                    return
+                want = self._wants.popleft()
+                self._spares.append(want)
+            try:
+                want.machine = self._prepare(want)
+            finally:
+                if want.machine is None:
+                    with self._lock:
+                        if want in self._spares:
+                            self._spares.remove(want)
+                want.done.set()
+
+    def _prepare(self, want: Want) -> Machine | None:
+        machine = None
+        try:
+            machine = want.make()
+            if not self._workshop.reserve(machine, wait=False):
+                self._workshop.clear(machine)
+                return None
+            machine.load()
+            self._workshop.started(machine)
+            machine.warm(want.users)
+        except NixvmError:
+            # Whoever wants it makes one himself, and is told what is wrong with that.
+            if machine is not None:
+                self._workshop.clear(machine)
+            return None
+        return machine
+
+
+def _serves(spare: Want, want: Want) -> bool:
+    return spare.template is want.template and set(want.users) <= set(spare.users)

@@ -1,0 +1,190 @@
+"""Freezing a machine ready, and waking a clone of one that was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nixvm.channels import Channels
+from pytest_nixvm.errors import BootError, ChannelError, MachineError, QemuError
+from pytest_nixvm.guest import waking
+from pytest_nixvm.guest.boot import BootReport
+from pytest_nixvm.qemu.template import Template, freeze, load, power_on
+from pytest_nixvm.verbs.power import Power
+from pytest_nixvm.wait import Deadline
+
+if TYPE_CHECKING:
+    from pytest_nixvm.snapshots import Snapshot
+
+WAKE_TIMEOUT = 60.0
+"""Seconds for a clone to be loaded and to answer; a fraction of one is usual."""
+
+
+class Cloning(Power):
+    """A machine that is a clone, or becomes a template.
+
+    `template` is what it starts from the first time it is powered on, None for a boot.
+    """
+
+    template: Template | None
+    loaded: bool
+    frozen: bool
+    woken_in: float
+    _snapshot: Callable[[Any, str], Snapshot]
+
+    def start(self, allow_reboot: bool = True) -> None:
+        """Power on and wait until the machine is ready; does nothing when it is up.
+
+        The first time a clone wakes as its template was frozen; otherwise the machine boots, on
+        the disk as it was left. A reboot from inside is always allowed. Raises `QemuError` if QEMU
+        does not start, `BootError` if the machine does not get ready within the boot timeout.
+        """
+        with self._lock:
+            if self.template is None or (self.loaded and self._on is None):
+                super().start(allow_reboot)
+            elif not self.is_up():
+                began = time.monotonic()
+                self.load()
+                self.wake()
+                self.woken_in = time.monotonic() - began
+
+    @property
+    def uptime(self) -> float:
+        """Seconds that a clone's system was up when it was frozen; 0 for other machines."""
+        return 0.0 if self.template is None else float(self.template.facts["uptime"])
+
+    # --- a clone -------------------------------------------------------------------------------
+
+    def load(self, ram: Path | None = None) -> None:
+        """Start a clone's QEMU and load the state: it is there, paused. See `wake`.
+
+        With `ram` its memory is that file, shared: the memory of a template to be.
+        """
+        template = self.template
+        if template is None or self._on is not None:
+            return
+        deadline = Deadline(WAKE_TIMEOUT)
+        with self._lock:
+            try:
+                qemu = power_on(
+                    template,
+                    self.spec,
+                    supervisor=self._supervisor,
+                    io=self._io,
+                    timeout=deadline.remaining(),
+                    ram=ram,
+                )
+                self.qemu_version = qemu.monitor.version
+                on = self._on = Channels(qemu, self._io, self._keys)
+                on.adopt(template.facts["channels"], deadline.remaining(10))
+                load(qemu, template, deadline.remaining())
+            except BaseException:
+                self.kill()
+                raise
+            self.loaded = True
+
+    def warm(self, users: Iterable[str | None] = ()) -> None:
+        """Let a loaded clone run until its channels answer, and pause it again.
+
+        What it runs then need not be translated or paged in later. `users` get an SSH connection.
+        """
+        on = self._on
+        if on is None:
+            return
+        on.qemu.resume()
+        on.agent.ping(WAKE_TIMEOUT)
+        if on.has_shell():
+            on.shell.run(":", timeout=WAKE_TIMEOUT)
+        for user in users:
+            _ = on.ssh_as(user).client
+        on.qemu.pause()
+
+    def wake(self) -> None:
+        """Let a loaded clone run: with the host's time and random numbers of its own.
+
+        Raises `BootError` if it does not answer.
+        """
+        on = self._on
+        if on is None or self.template is None:
+            return
+        began = time.monotonic()
+        try:
+            on.qemu.resume()
+            waking.set_clock(on.agent, WAKE_TIMEOUT)
+            if self.template.facts["entropy"] == waking.IOCTL:
+                waking.reseed(on.agent)
+        except (ChannelError, QemuError) as error:
+            tail = on.console.tail(25)
+            self.kill()
+            raise BootError(
+                f"The clone of {self.name} does not wake: {error}",
+                stage="loaded",
+                console_tail=tail,
+                console_log=self.spec.console_log,
+            ) from error
+        log = self.spec.console_log
+        self.settled[log] = log.stat().st_size if log.exists() else 0
+        on.watch()
+        self.woken_in = time.monotonic() - began
+
+    # --- a template ----------------------------------------------------------------------------
+
+    def freeze(self, directory: Path) -> Template:
+        """Freeze the machine as it is into `directory`; it ends by that.
+
+        Raises `CannotFreezeError`, and the machine runs on.
+        """
+        with self._lock, self.transcript.note("power", "freeze"):
+            on = self._opened()
+            on.health.close()
+            try:
+                facts = self._facts(on)
+                template = freeze(on.qemu, directory, facts=facts, origin=self.template)
+            except BaseException:
+                if on.qemu.alive:
+                    on.watch()
+                raise
+            self._drop()
+            self.frozen = True
+            return template
+
+    def _facts(self, on: Channels) -> dict[str, Any]:
+        run = on.agent.exec
+        # A clone that is reset must find on its disk what the template has written.
+        run(["sync"], timeout=WAKE_TIMEOUT)
+        boot = self.boot
+        return {
+            "boot": None if boot is None else asdict(boot),
+            "entropy": waking.entropy_source(on.agent),
+            "uptime": float(on.agent.read_file("/proc/uptime").split()[0]),
+            "channels": on.remembered(),
+        }
+
+    @property
+    def boot(self) -> BootReport | None:
+        """How the machine's last boot went, its template's if it has not booted itself."""
+        if self.boots:
+            return self.boots[-1]
+        told = self.template.facts["boot"] if self.template is not None else None
+        return (
+            None
+            if told is None
+            else BootReport(**told | {"failed_units": tuple(told["failed_units"])})
+        )
+
+    def snapshot(self, name: str) -> Snapshot:
+        """Freeze the machine as it is now, so that clones of it can be had: `Snapshot.start`.
+
+            prepared = vm.snapshot("with-data")
+            with prepared.start() as clone: ...
+
+        The machine itself goes on as the first clone: what was open to it (SSH, the serial
+        console's handle, forwarded ports) is opened anew when it is next used. A snapshot lasts
+        until the session ends. Raises `MachineError` with what keeps the machine from being frozen.
+        """
+        if self._on is None:
+            raise MachineError(f"{self.name} is not running: there is nothing to freeze.")
+        return self._snapshot(self, name)
