@@ -318,7 +318,7 @@ class Budget:
             if view is None or view.free_alone >= entry.mebibytes:
                 hopeless = None
                 if deadline.expired:
-                    start = f"Waited {deadline.seconds:g} s for memory for {entry.what}, in vain"
+                    start = f"Waited {deadline.seconds:g} s for memory, in vain"
                     raise MachineError(self._refusal(entry, ticket, start))
                 if not told:
                     told = True
@@ -326,7 +326,7 @@ class Budget:
             elif hopeless is None:
                 hopeless = Deadline(_SETTLE)
             elif hopeless.expired:
-                start = f"There is not enough memory for {entry.what}"
+                start = "There is not enough memory"
                 raise MachineError(self._refusal(entry, ticket, start))
             time.sleep(_INTERVAL if hopeless else deadline.remaining(_INTERVAL))
             self._ledger.still_waits(ticket, entry)

@@ -277,7 +277,7 @@ def test_in_vain(budget, run):
 
     first, second, *vms, last = text.splitlines()
     assert first.startswith(
-        "Waited 0.2 s for memory for dev-vm, in vain: dev-vm needs 320 MiB, 1"
+        "Waited 0.2 s for memory, in vain: dev-vm needs 320 MiB, 1"
     )  # 100 and what the idle process has
     assert first.endswith("of them promised to VMs, 100 left to other programs).")
     assert second == "2 VMs of pytest-nixvm hold 900 MiB:"
@@ -303,7 +303,7 @@ def test_what_never_fits_is_refused_long_before_the_timeout(budget):
         budget.reserve(1001, "dev-vm", timeout=3600, waiting=lines.append)
 
     assert str(caught.value).startswith(
-        "There is not enough memory for dev-vm: dev-vm needs 1001 MiB, 1000 of 2000 MiB are free "
+        "There is not enough memory: dev-vm needs 1001 MiB, 1000 of 2000 MiB are free "
         "(1100 are available, 0 of them promised to VMs, 100 left to other programs).\n"
         "No VM of pytest-nixvm is running.\nWhat helps: less memory for the VM (--nixvm-memory=MIB)"
     )
@@ -313,7 +313,7 @@ def test_what_never_fits_is_refused_long_before_the_timeout(budget):
 def test_what_would_not_fit_without_our_vms_either_is_refused(budget):
     budget.reserve(100, "a", timeout=0)
 
-    assert "not enough memory for dev-vm" in refused(budget, 1200, timeout=3600)
+    assert "not enough memory: dev-vm needs 1200 MiB" in refused(budget, 1200, timeout=3600)
 
 
 def test_memory_that_comes_back_a_moment_late(tmp_path):
@@ -469,6 +469,7 @@ def test_a_vm_that_uses_more_than_it_reserved(budget, run):
 
     reservation.started(vm.pid)
     budget.reserve(1000, "b", timeout=0)
+    assert "0 of 2000 MiB are free" in refused(budget, 1)
 
 
 # --- deaths -------------------------------------------------------------------------------------
@@ -503,6 +504,7 @@ def test_a_vm_that_ended_holds_nothing_though_its_owner_lives(budget, run):
     vm.wait()
 
     budget.reserve(1000, "b", timeout=10)
+    assert "1 VM of pytest-nixvm holds 1000 MiB" in refused(budget, 1)
 
 
 def test_a_vm_that_was_released_is_not_brought_back(budget, run):
@@ -524,15 +526,18 @@ def test_another_process_with_the_same_pid_is_not_taken_for_the_owner(budget, ru
 # --- several at once ----------------------------------------------------------------------------
 
 RACES = f"""{OTHER}
-    import uuid
+    import time, uuid
     held = Path(sys.argv[2])
+    # Whoever looks takes his time before he decides.
+    budget._available = lambda: time.sleep(0.01) or 1100
     print("ready", flush=True)
     sys.stdin.readline()
     most = 0
-    for _ in range(15):
+    for _ in range(8):
         reservation = budget.reserve(300, "vm", timeout=60)
         mark = held / uuid.uuid4().hex
         mark.touch()
+        time.sleep(0.02)  # a VM's life
         most = max(most, len(list(held.iterdir())))
         mark.unlink()
         reservation.release()
@@ -553,7 +558,10 @@ def test_processes_that_reserve_at_once_never_have_more_than_there_is(budget, ru
     assert not list(budget._ledger.directory.glob("*.*"))
 
 
-def test_threads_that_reserve_at_once(budget):
+def test_threads_that_reserve_at_once(tmp_path):
+    budget = Budget(
+        tmp_path, floor=100, available=lambda: time.sleep(0.01) or 1100, total=lambda: 2000
+    )
     held, most, errors = [], [], []
 
     def work():
@@ -561,6 +569,7 @@ def test_threads_that_reserve_at_once(budget):
             for _ in range(5):
                 reservation = budget.reserve(300, "vm", timeout=60)
                 held.append(1)
+                time.sleep(0.02)  # a VM's life
                 most.append(len(held))
                 held.pop()
                 reservation.release()
