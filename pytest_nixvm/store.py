@@ -95,11 +95,16 @@ class Store:
         _check_key(key)
         if not self._private():
             return None
+        directory = self.directory / key
+        try:
+            inode = directory.lstat().st_ino
+        except OSError:
+            return None
         try:
             return self._open(key, components)
         except Damaged as error:
             damaged(str(error))
-            remove(self.directory / key)
+            remove(directory, inode)
             return None
 
     def _open(self, key: str, components: Mapping[str, Any]) -> Entry | None:

@@ -253,14 +253,19 @@ def in_use(directory: Path, complete: bool) -> bool:
     return False
 
 
-def remove(directory: Path) -> bool:
-    """Remove an entry, unless somebody uses or makes it, or it can't be removed."""
+def remove(directory: Path, inode: int | None = None) -> bool:
+    """Remove an entry, unless somebody uses or makes it, or it can't be removed.
+
+    With `inode` only that directory is meant, not one that was made in its place meanwhile.
+    """
     lock = build_lock(directory)
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):
         return False
     try:
+        if inode not in (None, directory.lstat().st_ino):
+            return False
         used = None
         with contextlib.suppress(OSError):
             # Without that file nobody can use it.
