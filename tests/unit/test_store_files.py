@@ -139,6 +139,11 @@ def flip(path: Path, offset: int = -1) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def cut(path: Path, size: int) -> None:
+    path.chmod(0o600)
+    os.truncate(path, size)
+
+
 def shift(path: Path) -> None:
     content = path.read_bytes()
     path.chmod(0o600)
@@ -155,8 +160,8 @@ def rewrite(path: Path, **changes: object) -> None:
 
 
 DAMAGES = {
-    "truncated": (lambda d: os.truncate(d / "disk-0", 100), "disk-0: 100 bytes instead of 20000"),
-    "cut by a block of zeros": (lambda d: os.truncate(d / "ram", 15 * MIB), "ram: 15728640 bytes"),
+    "truncated": (lambda d: cut(d / "disk-0", 100), "disk-0: 100 bytes instead of 20000"),
+    "cut by a block of zeros": (lambda d: cut(d / "ram", 15 * MIB), "ram: 15728640 bytes"),
     "bit flipped": (lambda d: flip(d / "disk-0"), "disk-0: content changed"),
     "bit flipped in memory": (lambda d: flip(d / "ram", 3 * MIB + 9), "ram: content changed"),
     "bit set in a hole": (lambda d: flip(d / "ram", 9 * MIB), "ram: content changed"),
@@ -171,7 +176,7 @@ DAMAGES = {
     "no lock": (lambda d: (d / "used").unlink(), "used: No such file or directory"),
     "a file for others": (lambda d: (d / "ram").chmod(0o440), r"ram: others .* \(mode 0440\)"),
     "open to others": (lambda d: d.chmod(0o755), r"the directory: others .* \(mode 0755\)"),
-    "no JSON": (lambda d: os.truncate(d / "manifest.json", 50), "manifest.json: it can't be read"),
+    "no JSON": (lambda d: cut(d / "manifest.json", 50), "manifest.json: it can't be read"),
     "not ours": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json: another format"),
     "another format": (
         lambda d: rewrite(d / "manifest.json", format=store_files.FORMAT + 1),
