@@ -212,7 +212,9 @@ def test_an_option_s_wrong_value(project):
     assert "--nixvm-accel: 'xen' is not one of auto, kvm, tcg" in project.mistake(
         "--nixvm-accel=xen"
     )
-    assert "--nixvm-isolation: 'test' is not one of" in project.mistake("--nixvm-isolation=test")
+    assert "--nixvm-isolation: 'tests' is not one of test, " in project.mistake(
+        "--nixvm-isolation=tests"
+    )
 
 
 def test_a_build_that_fails_ends_the_run_before_the_first_test(project):

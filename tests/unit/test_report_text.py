@@ -9,6 +9,7 @@ import pytest
 
 from pytest_nixvm.progress import Silent
 from pytest_nixvm.report import github
+from pytest_nixvm.report.account import Account
 from pytest_nixvm.report.cases import LONGEST, slug
 from pytest_nixvm.report.evidence import _failed, _since, render, said_by
 from pytest_nixvm.report.timeline import Recorded, Span, Timeline
@@ -60,13 +61,18 @@ def test_the_summary_has_a_row_for_each_failure_and_each_boot(tmp_path):
     booted = [
         {"name": "dev-vm", "accelerator": "tcg", "boots": [9.04], "failed_units": ["a.service"]}
     ]
+    account = Account(
+        booted=booted, cloned={"dev-vm": [0.2, 0.3]}, overrides={"dev-vm": [], "web|1": []}
+    )
     text = github.summary(
-        [github.Failure("a.py::t[a|b]", "a.py", 1, "x | y\nz", "/out")], booted, 3
+        [github.Failure("a.py::t[a|b]", "a.py", 1, "x | y\nz", "/out")], account, 3
     )
 
     assert "1 failed" in text
     assert "| `a.py::t[a\\|b]` | x \\| y z | `/out` |" in text
+    assert "3 tests passed; machines: dev-vm, web\\|1" in text
     assert "| dev-vm | tcg | 9.0 s | a.service |" in text
+    assert "| dev-vm | 2 clones | | |" in text
     file = tmp_path / "summary.md"
     file.write_text("an earlier step\n")
     github.write_summary(text, {"GITHUB_STEP_SUMMARY": str(file)})

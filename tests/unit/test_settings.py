@@ -18,14 +18,20 @@ def test_defaults():
     settings = Settings.make()
 
     assert (settings.flake, settings.memory, settings.cores) == (None, None, None)
-    assert (settings.isolation, settings.accel, settings.network) == ("session", "auto", "isolated")
+    assert (settings.isolation, settings.accel, settings.network) == ("test", "auto", "isolated")
     assert settings.cache.name == "pytest-nixvm"
+    assert settings.cache_size == 20 * 2**30
 
 
 def test_the_command_line_wins():
     settings = read({"nixvm_memory": "512"}, {"nixvm_memory": "1024", "nixvm_cores": "3"})
 
     assert (settings.memory, settings.cores) == (512, 3)
+
+
+def test_the_cache_s_size_is_given_in_gib():
+    assert read({"nixvm_cache_size": "3"}).cache_size == 3 * 2**30
+    assert read(None, {"nixvm_cache_size": "1"}).cache_size == 2**30
 
 
 def test_pairs_on_the_command_line_and_in_the_ini_file():
@@ -59,11 +65,13 @@ def test_relative_references_start_where_they_were_written(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("ini", "value", "says"),
     [
-        ("nixvm_isolation", "tests", "'tests' is not one of module, session"),
+        ("nixvm_isolation", "tests", "'tests' is not one of test, module, session"),
         ("nixvm_accel", "xen", "'xen' is not one of auto, kvm, tcg"),
         ("nixvm_network", "bridge", "'bridge' is not one of isolated, nat"),
         ("nixvm_memory", "4G", "'4G' is not a whole number above 0"),
         ("nixvm_memory", "0", "'0' is not a whole number above 0"),
+        ("nixvm_cache_size", "10G", "'10G' is not a whole number above 0"),
+        ("nixvm_cache_size", "0", "'0' is not a whole number above 0"),
         ("nixvm_cores", "-1", "'-1' is not a whole number above 0"),
         ("nixvm_boot_timeout", "soon", "'soon' is not a number of seconds"),
         ("nixvm_boot_timeout", "nan", "'nan' is not a number of seconds"),
