@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from labgrid import Target
 from labgrid.driver import SSHDriver
 from labgrid.resource import NetworkService
 
-from benchmarks.machines import fleet
+from benchmarks.machines import fleet, fork_time
 from benchmarks.side_by_side import Contender, measure, show
 from pytest_nixvm import Machine
 from pytest_nixvm.qemu.ports import BUS
@@ -43,7 +42,7 @@ def main(rounds: int, arguments: list[str]) -> None:
         )
         every = [ours, *rivals, *others, echo]
         measure(every, rounds)
-        fork = _fork(vm)
+        fork = fork_time(vm)
         limit = echo.median + fork
         show(f"The command `true`, medians of {rounds}", every, ours, limit)
         print(f"limit: bare round trip {echo.median * 1e3:.1f} + fork {fork * 1e3:.1f} ms")
@@ -153,14 +152,3 @@ def _line(connection: socket.socket) -> bytes:
     while not line.endswith(b"\n"):
         line += connection.recv(4096)
     return line
-
-
-def _fork(vm: Machine, times: int = 200) -> float:
-    """Return the seconds that bash in the guest takes to fork and wait, per fork."""
-    loop = f"for ((i = 0; i < {times}; i++)); do ( : ); done"
-    empty = f"for ((i = 0; i < {times}; i++)); do :; done"
-    start = time.perf_counter()
-    vm.run(loop, check=True)
-    middle = time.perf_counter()
-    vm.run(empty, check=True)
-    return max(0.0, 2 * middle - start - time.perf_counter()) / times

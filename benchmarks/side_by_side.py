@@ -13,12 +13,18 @@ from rich.table import Table
 
 @dataclass
 class Contender:
-    """Something that is timed. `run` does it once; what it returns is not looked at."""
+    """Something that is timed. `run` does it once; what it returns is not looked at.
+
+    `before` and `after` are not timed. A slow one takes part in each `every`th round only.
+    """
 
     name: str
     run: Callable[[], object]
     note: str = ""
     seconds: list[float] = field(default_factory=list)
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+    every: int = 1
 
     @property
     def median(self) -> float:
@@ -29,9 +35,13 @@ def measure(contenders: Sequence[Contender], rounds: int, warm_up: int = 3) -> N
     """Let each contender run once a round."""
     for number in range(-warm_up, rounds):
         for each in contenders:
+            if number % each.every:
+                continue
+            each.before()
             start = time.perf_counter()
             each.run()
             took = time.perf_counter() - start
+            each.after()
             if number >= 0:
                 each.seconds.append(took)
 
