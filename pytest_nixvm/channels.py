@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pytest_nixvm.errors import AgentError, MachineError, QmpError, ShellError
@@ -17,6 +18,7 @@ from pytest_nixvm.guest.serial import Serial
 from pytest_nixvm.guest.shell import Shell
 from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.guest.sshd import SshRefusal, access, install_key, remove_key
+from pytest_nixvm.guest.waking import Clock
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.running import Qemu
 
@@ -41,6 +43,7 @@ class Channels:
         self.serial = Serial(self.console)
         self.health = Health(io, qemu, self.console, self.agent, self._interrupt)
         self.health.second_opinion = lambda: self.shell.answers(SECOND_OPINION)
+        self.clock = Clock(self.agent, None)
         self.booted = False
         self._tried_shell = False
         self.no_shell = ""  # why commands go another way than through the shell
@@ -69,6 +72,11 @@ class Channels:
         self.agent.connect(timeout)
         if remembered["shell"] is not None:
             self.shell.adopt(remembered["shell"])
+            self._tried_shell = True
+            run = partial(self.shell.run, timeout=timeout)
+        else:
+            run = None
+        self.clock = Clock(self.agent, run)
 
     def watch(self) -> None:
         """Begin to watch over the calls: the guest has booted."""

@@ -95,9 +95,7 @@ class Cloning(Power):
         if on is None:
             return
         on.qemu.resume()
-        on.agent.ping(WAKE_TIMEOUT)
-        if on.has_shell():
-            on.shell.run(":", timeout=WAKE_TIMEOUT)
+        on.clock.set(WAKE_TIMEOUT)
         for user in users:
             _ = on.ssh_as(user).client
         on.qemu.pause()
@@ -113,7 +111,7 @@ class Cloning(Power):
         began = time.monotonic()
         try:
             on.qemu.resume()
-            waking.set_clock(on.agent, WAKE_TIMEOUT)
+            on.clock.set(WAKE_TIMEOUT)
             if self.template.facts["entropy"] == waking.IOCTL:
                 waking.reseed(on.agent)
         except (ChannelError, QemuError) as error:
