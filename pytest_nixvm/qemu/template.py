@@ -47,6 +47,7 @@ FREEZE_TIMEOUT = 120.0
 """Seconds; milliseconds are usual, but with its memory in the state a large guest takes a while."""
 
 _MOST_SCRATCH = 64 * 2**20
+_MAGIC = b"QEVM"  # how a state begins, see migration/savevm.h
 _READ_ONLY_RAM = (8, 2)  # the first QEMU that maps a file private without a right to write to it
 
 
@@ -261,11 +262,10 @@ def _qemu_img(qemu: str, *arguments: str) -> None:
 
 def _keep_scratch(scratch: Path, archive: Path) -> None:
     """Keep what else the start script has made: QEMU's command line may name it."""
-    size = sum(path.lstat().st_size for path in scratch.rglob("*") if path.is_file())
     with tarfile.open(archive, "w") as tar:
         for path in sorted(scratch.rglob("*")):
-            # Nothing else that is as large can be needed by a clone.
-            if path.is_dir() or (path.is_file() and size <= _MOST_SCRATCH):
+            # Nothing that is as large can be needed by a clone.
+            if path.is_dir() or (path.is_file() and path.lstat().st_size <= _MOST_SCRATCH):
                 tar.add(path, str(path.relative_to(scratch)), recursive=False)
 
 
@@ -300,6 +300,8 @@ def power_on(
             tar.extractall(spec.scratch, filter="data")
         if (template.directory / CONSOLE).exists():
             shutil.copyfile(template.directory / CONSOLE, spec.console_log)
+        if template.has_ram:
+            (template.directory / RAM).stat()  # QEMU would make one of zeros
     except OSError as error:
         raise QemuError(f"{spec.name} can't be cloned: {error}") from None
     argv = clone_argv(
@@ -332,5 +334,13 @@ def load(qemu: Qemu, template: Template, timeout: float) -> None:
     A port whose host's end is closed would make its reader in the guest look around in vain.
     Raises `QmpError`, and `MachineGoneError` if QEMU refuses the state, which ends it.
     """
+    state = template.directory / STATE
+    try:
+        with state.open("rb") as file:
+            begin = file.read(len(_MAGIC))
+    except OSError as error:
+        raise QemuError(f"{qemu.spec.name} can't be cloned: {error}") from None
+    if begin != _MAGIC:  # QEMU 7.2 waits for the rest of a state that ends here
+        raise QemuError(f"{qemu.spec.name} can't be cloned: {state} is no state of QEMU's.")
     _set_up(qemu.monitor, template.has_ram)
-    _migrate(qemu.monitor, "migrate-incoming", template.directory / STATE, timeout)
+    _migrate(qemu.monitor, "migrate-incoming", state, timeout)
