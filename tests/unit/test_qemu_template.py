@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from _guest import until
@@ -70,6 +71,7 @@ def test_a_template_is_the_same_after_json(tmp_path: Path) -> None:
     assert Template.from_json(tmp_path, told) == template
     assert str(tmp_path) not in json.dumps(told)  # it is found by where it is
     assert template.disks[1].overlay == "overlay-1"
+    broken: Any
     for broken in ({**told, "version": [7]}, {**told, "disks": [{}]}, {"argv": []}):
         with pytest.raises((KeyError, TypeError, ValueError)):
             Template.from_json(tmp_path, broken)
