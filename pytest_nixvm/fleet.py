@@ -89,6 +89,7 @@ class Fleet:
         self._known = None if known is None else tuple(known)
         self._builds: dict[tuple[str, bool], VmBuild] = {}
         self._template_of: dict[tuple[str, MachineRequest], Template | None] = {}
+        self._booted: dict[tuple[str, MachineRequest], Machine] = {}  # used by nobody yet
         self._shared: dict[_Shared, Machine] = {}
         self._left_running: list[Machine] = []
         self._unbootable: dict[_Shared, BootError] = {}
@@ -283,6 +284,10 @@ class Fleet:
         template = self._template(name, request) if self._freezes(request) else None
         if template is not None:
             return self._wake(template, partial(self._clone, name, request), shared)
+        booted = self._booted.pop((name, replace(request, user=None)), None)
+        if booted is not None and booted.is_up():
+            self.on_start(booted, shared)
+            return booted
         build = self.build(name, freezable=self._freezes(request))
         return self._power(self._workshop.make(build, request), shared)
 
@@ -292,6 +297,8 @@ class Fleet:
             found = self._templates.of(self.build(name, freezable=True), request)
             if isinstance(found, Unfreezable):
                 self.unfreezable.setdefault(name, found.reason)
+                if found.machine is not None:
+                    self._booted[key] = found.machine
             self._template_of[key] = None if isinstance(found, Unfreezable) else found
         return self._template_of[key]
 
@@ -365,7 +372,9 @@ class Fleet:
         with self._lock:
             found = self._templates.prepared(title, build, request, prepare, depends)
         if isinstance(found, Unfreezable):
-            self.unfreezable[name] = found.reason
+            self.unfreezable.setdefault(name, found.reason)
+            if found.machine is not None:
+                self.end(found.machine)
 
             def boot() -> Machine:
                 machine = self._fresh(name, request, shared=False)

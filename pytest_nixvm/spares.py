@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pytest_nixvm.errors import NixvmError
 from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ class Spares:
         self._changed = threading.Condition(self._lock)
         self._wants: deque[Want] = deque()  # not begun yet
         self._spares: list[Want] = []  # begun, and those that are ready
+        self._unwanted: list[Want] = []  # begun, and to be ended
         self._thread: threading.Thread | None = None
         self._closed = False
         # One processor is the test's.
@@ -55,21 +55,18 @@ class Spares:
             if self._closed or not self.enabled:
                 return
             missing = list(wants)[:MOST]
-            unwanted = []
-            for spare in self._spares:
+            for spare in list(self._spares):
                 match = next((want for want in missing if _serves(spare, want)), None)
                 if match is None:
-                    unwanted.append(spare)
+                    self._spares.remove(spare)
+                    self._unwanted.append(spare)
                 else:
                     missing.remove(match)
             self._wants = deque(missing)
-            self._spares = [spare for spare in self._spares if spare not in unwanted]
             if missing and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="nixvm-spare", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        for spare in unwanted:
-            self._end(spare)
 
     def take(self, template: Template) -> Machine | None:
         """Return a spare of this template, paused, or None. One that is nearly there is waited for.
@@ -96,7 +93,8 @@ class Spares:
         """End a spare: its memory is needed. False if there is none."""
         with self._lock:
             self._wants.clear()
-            spare = self._spares.pop() if self._spares else None
+            mine = self._unwanted or self._spares
+            spare = mine.pop() if mine else None
         if spare is None:
             return False
         self._end(spare)
@@ -107,7 +105,8 @@ class Spares:
         with self._lock:
             self._closed = True
             self._wants.clear()
-            spares, self._spares = self._spares, []
+            spares = [*self._spares, *self._unwanted]
+            self._spares, self._unwanted = [], []
             self._changed.notify_all()
         for spare in spares:
             self._end(spare)
@@ -124,18 +123,25 @@ class Spares:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._changed.wait_for(lambda: self._wants or self._closed)
+                self._changed.wait_for(lambda: self._wants or self._unwanted or self._closed)
                 if self._closed:
                     return
-                want = self._wants.popleft()
-                self._spares.append(want)
+                unwanted, self._unwanted = self._unwanted, []
+                want = self._wants.popleft() if self._wants else None
+                if want is not None:
+                    self._spares.append(want)
+            for spare in unwanted:
+                self._end(spare)
+            if want is None:
+                continue
             try:
                 want.machine = self._prepare(want)
             finally:
                 if want.machine is None:
                     with self._lock:
-                        if want in self._spares:
-                            self._spares.remove(want)
+                        for each in (self._spares, self._unwanted):
+                            if want in each:
+                                each.remove(want)
                 want.done.set()
 
     def _prepare(self, want: Want) -> Machine | None:
@@ -148,7 +154,7 @@ class Spares:
             machine.load()
             self._workshop.started(machine)
             machine.warm(want.users)
-        except NixvmError:
+        except Exception:
             # Whoever wants it makes one himself, and is told what is wrong with that.
             if machine is not None:
                 self._workshop.clear(machine)

@@ -46,11 +46,12 @@ _PATIENCE = 600.0
 """Seconds to wait, beside the boot timeout, for another process that makes the same template."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unfreezable:
-    """Why there is no template of a machine."""
+    """Why there is no template of a machine. `machine` was booted for one, and runs on."""
 
     reason: str
+    machine: Machine | None = None
 
 
 class Templates:
@@ -206,7 +207,8 @@ class Templates:
             template = self._freeze(machine, directory)
         except CannotFreezeError as error:
             building.abandon()
-            return Unfreezable("; ".join(map(str, error.blockers)))
+            kept, machine = machine, None
+            return Unfreezable("; ".join(map(str, error.blockers)), kept)
         except BaseException:
             building.abandon()
             raise

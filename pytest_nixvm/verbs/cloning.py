@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,7 @@ class Cloning(Power):
             except BaseException:
                 if on.qemu.alive:
                     on.watch()
+                    self.spec = replace(self.spec, ram=None)  # that file is of no use
                 raise
             self._drop()
             self.frozen = True
