@@ -201,7 +201,7 @@ class Fleet(Catalogue):
             if isinstance(found, Unfreezable):
                 self.unfreezable.setdefault(name, found.reason)
                 if found.machine is not None:
-                    self._booted[key] = found.machine
+                    self._booted[key], found.machine = found.machine, None
             self._template_of[key] = None if isinstance(found, Unfreezable) else found
         return self._template_of[key]
 
@@ -277,7 +277,8 @@ class Fleet(Catalogue):
         if isinstance(found, Unfreezable):
             self.unfreezable.setdefault(name, found.reason)
             if found.machine is not None:
-                self.end(found.machine)
+                booted, found.machine = found.machine, None
+                self.end(booted)
 
             def boot() -> Machine:
                 machine = self._fresh(name, request, shared=False)
