@@ -249,8 +249,11 @@ class Templates:
                 timeout=30,
                 ram=directory / RAM,
             )
-            load(qemu, template, timeout=120)
-            return share_memory(qemu, template)
+            try:
+                load(qemu, template, timeout=120)
+                return share_memory(qemu, template)
+            finally:
+                qemu.kill()
         finally:
             self._workshop.clear(spare)
             with suppress(OSError):
@@ -317,7 +320,10 @@ class Templates:
             "environment": {
                 name: value
                 for name, value in variables.items()
-                if name.startswith(("QEMU_", "NIX_")) or name in ours
+                # `nix develop` has NIX_ variables that differ each time; scripts have their own.
+                if name.startswith("QEMU_")
+                or name in ours
+                or (name.startswith("NIX_") and name in script)
             },
             "qemu": [str(qemu.resolve()), binary.st_size, binary.st_mtime_ns],
             "accelerator": accelerator.name,
@@ -362,24 +368,45 @@ def _sources() -> str:
 def _content(thing: object) -> str:
     """Return what stands for something that a prepared machine depends on, as text.
 
-    A function is its source, a path what it holds (a directory: all of it), the rest its `repr`.
+    A function is its source and what it was given when it was made, a path what it holds (a
+    directory: all of it), the rest its `repr`. Raises `SettingsError`.
     """
     if isinstance(thing, Path):
         digest = hashlib.blake2b(digest_size=16)
-        files = sorted(each for each in thing.rglob("*") if each.is_file()) or [thing]
         try:
-            for file in files:
-                digest.update(str(file.relative_to(thing)).encode() + b"\0" + file.read_bytes())
+            for path in (thing, *sorted(thing.rglob("*"))):
+                if path.is_symlink() and not path.exists():
+                    content = str(path.readlink()).encode()
+                else:
+                    content = b"" if path.is_dir() else path.read_bytes()
+                runs = path.is_file() and bool(path.stat().st_mode & 0o111)
+                name = path.relative_to(thing)
+                digest.update(f"{name}\0{path.is_dir()} {runs} {len(content)}\0".encode() + content)
         except OSError as error:
             text = f"{thing}, which a template depends on, can't be read: {error.strerror}."
             raise SettingsError(text) from None
         return digest.hexdigest()
-    if callable(thing):
-        try:
-            return inspect.getsource(thing)
-        except (OSError, TypeError):
-            raise SettingsError(
-                f"{thing!r} has no source, so nobody can tell when it changes: a template's "
-                "steps have to be functions of a file."
-            ) from None
-    return repr(thing)
+    return _source(thing, set()) if callable(thing) else repr(thing)
+
+
+def _source(function: Callable[..., object], seen: set[int]) -> str:
+    seen.add(id(function))
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        raise SettingsError(
+            f"{function!r} has no source, so nobody can tell when it changes: a template's "
+            "steps have to be functions of a file."
+        ) from None
+    # Two functions that one function has made have the same source.
+    given: list[object] = [getattr(function, "__defaults__", None)]
+    given.append(getattr(function, "__kwdefaults__", None))
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not set yet
+            given.append(cell.cell_contents)
+    for each in given:
+        if inspect.isfunction(each):
+            text += "\0" + (_source(each, seen) if id(each) not in seen else "")
+        elif each is not None:
+            text += f"\0{each!r}"
+    return text
