@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_nixvm.errors import AgentError, MachineError, QmpError, ShellError
+from pytest_nixvm.guest import sshd
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.guest.health import Health
-from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.guest.result import Command, CommandResult
 from pytest_nixvm.guest.serial import Serial
 from pytest_nixvm.guest.shell import Shell
-from pytest_nixvm.guest.ssh import Ssh
-from pytest_nixvm.guest.sshd import SshRefusal, access, install_key, remove_key
+from pytest_nixvm.guest.sshd import SshAccess, SshRefusal, install_key, remove_key
 from pytest_nixvm.guest.waking import Clock
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.running import Qemu
+
+if TYPE_CHECKING:
+    from pytest_nixvm.guest.keys import KeyPair
+    from pytest_nixvm.guest.ssh import Ssh
 
 # runuser keeps root's environment, and with --login it would take no argv.
 _AS_USER = (
@@ -35,7 +38,7 @@ SECOND_OPINION = 5.0
 class Channels:
     """The channels of a running VM. `connect` first, then boot, then `watch`."""
 
-    def __init__(self, qemu: Qemu, io: IoThread, keys: KeyPair) -> None:
+    def __init__(self, qemu: Qemu, io: IoThread, keys: Callable[[], KeyPair]) -> None:
         self.qemu = qemu
         self.console = Console(io, qemu.console_socket, qemu.console_log)
         self.agent = Agent(io, qemu.agent_socket)
@@ -50,6 +53,7 @@ class Channels:
         self._keys = keys
         self._lock = threading.RLock()
         self._ssh: dict[str | None, Ssh] = {}
+        self._let_in: list[SshAccess] = []  # where the session's key was put
 
     def connect(self, timeout: float) -> None:
         """Connect to QEMU's sockets, before the guest's first output."""
@@ -61,8 +65,8 @@ class Channels:
         The session's key is taken out of it again. Raises as the channels do.
         """
         with self._lock:
-            for ssh in self._ssh.values():
-                remove_key(self.agent, ssh.access, self._keys.public_line)
+            for access in self._let_in:
+                remove_key(self.agent, access, self._keys().public_line)
         self.hang_up()
         return {"shell": self.shell.remembered() if self.has_shell() else None}
 
@@ -119,14 +123,18 @@ class Channels:
         """SSH as `user`; None is whoever may log in, root first. One connection for each user."""
         with self._lock:
             if user not in self._ssh:
-                found = access(self.agent, user=user)
+                # Not sooner: most runs need no SSH, and its import takes a tenth of a second.
+                from pytest_nixvm.guest.ssh import Ssh
+
+                found = sshd.access(self.agent, user=user)
                 if isinstance(found, SshRefusal):
                     raise found.error(self.qemu.spec.name)
-                install_key(self.agent, found, self._keys.public_line)
+                install_key(self.agent, found, self._keys().public_line)
+                self._let_in.append(found)
                 self._ssh[user] = Ssh(
                     agent=self.agent,
                     access=found,
-                    keys=self._keys,
+                    keys=self._keys(),
                     port=self.qemu.forward(found.port),
                     directory=self.qemu.spec.sockets,
                     watched=self.health.call,

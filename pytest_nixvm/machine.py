@@ -13,10 +13,8 @@ from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.boot import BootReport
 from pytest_nixvm.guest.console import Console
-from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.guest.result import Command, CommandResult, display
 from pytest_nixvm.guest.serial import Serial
-from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.qemu.launch import LaunchSpec
 from pytest_nixvm.qemu.loop import IoThread
@@ -38,6 +36,8 @@ from pytest_nixvm.verbs.units import Units
 from pytest_nixvm.verbs.waits import Waits
 
 if TYPE_CHECKING:
+    from pytest_nixvm.guest.keys import KeyPair
+    from pytest_nixvm.guest.ssh import Ssh
     from pytest_nixvm.snapshots import Snapshot
 
 _KILLED = 128 + 9
@@ -67,7 +67,7 @@ class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMoni
         *,
         supervisor: Supervisor,
         io: IoThread,
-        keys: KeyPair,
+        keys: Callable[[], KeyPair],
         progress: Progress,
         boot_timeout: float,
         output: Path,

@@ -96,7 +96,7 @@ class Workshop:
             ),
             supervisor=self.supervisor,
             io=self.io,
-            keys=self._keys,
+            keys=lambda: self._keys,
             progress=self._progress,
             boot_timeout=self.settings.boot_timeout,
             output=output,

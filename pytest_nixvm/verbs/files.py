@@ -9,15 +9,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import ChannelError, SshError
 from pytest_nixvm.guest import files
 from pytest_nixvm.guest.result import CommandResult
-from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.progress import Step
 from pytest_nixvm.verbs.guest import Guest
+
+if TYPE_CHECKING:
+    from pytest_nixvm.guest.ssh import Ssh
 
 _TIMEOUT = 600.0
 _QUIET = 1.0

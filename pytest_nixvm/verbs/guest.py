@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.guest.result import Command, CommandResult
-from pytest_nixvm.guest.ssh import Ssh
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.qemu.running import Qemu
 from pytest_nixvm.transcript import Transcript
+
+if TYPE_CHECKING:
+    from pytest_nixvm.guest.ssh import Ssh
 
 DEFAULT_TIMEOUT = 900.0
 """Seconds that the verbs wait, as in the NixOS test driver."""

@@ -6,17 +6,20 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import MachineError, MachineGoneError, NixvmError, QmpError
 from pytest_nixvm.guest.boot import BootReport, wait_ready
-from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.progress import Step
 from pytest_nixvm.qemu.launch import LaunchSpec, launch
 from pytest_nixvm.qemu.loop import IoThread
 from pytest_nixvm.qemu.supervisor import Supervisor
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, Guest
 from pytest_nixvm.wait import Deadline, timed_out
+
+if TYPE_CHECKING:
+    from pytest_nixvm.guest.keys import KeyPair
 
 
 class Power(Guest):
@@ -28,7 +31,7 @@ class Power(Guest):
     qemu_version: tuple[int, ...]
     _supervisor: Supervisor
     _io: IoThread
-    _keys: KeyPair
+    _keys: Callable[[], KeyPair]
     _boot_timeout: float
     _lock: threading.RLock
     _on: Channels | None
