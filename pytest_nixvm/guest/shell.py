@@ -345,8 +345,18 @@ class Shell:
     def remembered(self) -> dict[str, Any]:
         """Return what `adopt` needs in a clone; call it when the machine is about to be frozen.
 
-        Only the first shell is left then, and it waits for a command. Raises as `run`.
+        Only the first shell is left then, and it waits for a command. Raises as `run`, and
+        `ShellError` if commands go on for half a minute.
         """
+        deadline = Deadline(START_TIMEOUT)
+        with self._changed:
+            while self._slots[0] not in self._idle:
+                if deadline.expired:
+                    raise ShellError(
+                        f"A command still ran after {deadline.seconds:g} s: the machine can't be "
+                        "frozen meanwhile."
+                    )
+                self._changed.wait(deadline.remaining())
         self.unplug()
         # Also takes what earlier commands have left on their way out of the guest.
         self.run(":", timeout=START_TIMEOUT, check=True)

@@ -57,7 +57,8 @@ fi
 _REMOVE = """
 file=$1; line=$(cat)
 [ -e "$file" ] || exit 0
-rest=$(grep -vxF -- "$line" "$file"); printf '%s' "${rest:+$rest
+rest=$(grep -vxF -- "$line" "$file") || [ $? = 1 ] || exit
+printf '%s' "${rest:+$rest
 }" >"$file"
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import select
@@ -40,6 +41,7 @@ class Port:
         self.number = int(self.device.getsockname()[1])
         self.client: socket.socket | None = None
         self.guest: socket.socket | None = None
+        self._left: list[socket.socket | None] = []
         self._stop, self._stopper = socket.socketpair()
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._thread.start()
@@ -69,7 +71,11 @@ class Port:
                 writing += [self.guest] if to_guest else []
             ready, writable, _ = select.select(reading, writing, [])
             if self._stop in ready:
-                return
+                if self._stop.recv(1) == b"x":
+                    return
+                self._left.append(self.client)
+                self.client, to_host = None, b""
+                continue
             if self.server in ready:
                 self.client, _ = self.server.accept()
                 self.client.setblocking(False)
@@ -101,11 +107,17 @@ class Port:
         if guest is not None:
             guest.close()
 
+    def take_another(self) -> None:
+        """Serve another client, as the port of a clone does: the guest notices nothing."""
+        self._stopper.send(b"n")
+        until(lambda: self.client is None, "the port to be free")
+
     def close(self) -> None:
         """End as QEMU does."""
         self._stopper.send(b"x")
         self._thread.join(5)
-        for each in (self.server, self.device, self.client, self._stop, self._stopper):
+        ours = (self.server, self.device, self.client, self._stop, self._stopper)
+        for each in (*ours, *self._left):
             if each is not None:
                 each.close()
         self._hang_up()
@@ -124,8 +136,8 @@ class Guest:
         self.most = 3
         (directory / "system").mkdir()
         self.first = self._add(0)
-        places = Places(str(directory / "system"), "/dev/tcp/127.0.0.1", str(cgroups))
-        self.shell = Shell(self, self, self, places)  # type: ignore[arg-type]
+        self.places = Places(str(directory / "system"), "/dev/tcp/127.0.0.1", str(cgroups))
+        self.shell = Shell(self, self, self, self.places)  # type: ignore[arg-type]
 
     def _add(self, number: int) -> Pair:
         pair = Pair.make(self.directory, number)
@@ -141,6 +153,17 @@ class Guest:
         directory = self.directory / "system" / str(port.number)
         directory.mkdir(exist_ok=True)
         (directory / "name").write_text(name + "\n")
+
+    def clone(self) -> Shell:
+        """Freeze the machine and go on as its clone: with a shell channel that knows nothing."""
+        remembered = self.shell.remembered()
+        for port in self.ports[0]:
+            port.take_another()
+        self.shell.close()
+        self.shell = Shell(self, self, self, self.places)  # type: ignore[arg-type]
+        # As a template has it in its file.
+        self.shell.adopt(json.loads(json.dumps(remembered)))
+        return self.shell
 
     # the monitor
     def on_event(self, callback: Any) -> Any:

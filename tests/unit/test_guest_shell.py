@@ -367,6 +367,64 @@ def test_a_guest_without_bash_or_ports(machine: Guest) -> None:
         machine.shell.run("true")
 
 
+# --- a clone's -------------------------------------------------------------------------------
+
+
+def test_a_clone_goes_on_with_the_shell_that_was_frozen(machine: Guest) -> None:
+    first = machine.shell.run("echo $$").stdout
+    machine.agent_works = False  # no other shell can be started
+
+    clone = machine.clone()
+
+    assert clone.run("echo $$").stdout == first
+    assert clone.run("tee /dev/stderr; exit 3", stdin=EVERYTHING).stderr_bytes == EVERYTHING
+    assert len(machine.started) == 1
+    assert machine.clone().run("echo $$").stdout == first  # a clone's clone
+
+
+def test_a_clone_s_shell_can_be_told_to_end_what_it_runs(machine: Guest) -> None:
+    machine.shell.run("true")
+    clone = machine.clone()
+    with pytest.raises(CommandTimeoutError, match="killed with all") as caught:
+        clone.run("sleep 300 & echo $!; exec sleep 300", timeout=0.5)
+    until(lambda: gone(int(caught.value.stdout)), "what it has started to end")
+    assert clone.run("echo next").stdout == "next\n"
+
+
+def test_what_was_left_in_the_background_before_a_freeze_lives_on(machine: Guest) -> None:
+    left = int(machine.shell.run("sleep 300 & echo $!").stdout)
+    clone = machine.clone()
+    assert clone.run("echo hi").stdout == "hi\n"
+    with pytest.raises(CommandTimeoutError):
+        clone.run("exec sleep 300", timeout=0.3)
+    assert not gone(left)
+    os.kill(left, signal.SIGKILL)
+
+
+def test_only_the_first_shell_is_frozen(machine: Guest) -> None:
+    machine.shell.prepare()
+    thread = threading.Thread(target=machine.shell.run, args=("exec sleep 0.5",))
+    thread.start()
+    until(lambda: not machine.shell._idle, "the shell to be busy")
+    second = int(machine.shell.run("echo $$").stdout)
+
+    clone = machine.clone()  # when the command has ended
+
+    thread.join()
+    assert list(machine.ports) == [0]
+    until(lambda: gone(second), "the second shell to end")
+    assert clone.run("echo next").stdout == "next\n"
+
+
+def test_a_clone_whose_shell_is_gone_gets_a_new_one(machine: Guest) -> None:
+    first = int(machine.shell.run("echo $$").stdout)
+    clone = machine.clone()
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not machine.is_open(machine.first), "the ports to be closed")
+    machine.tell()
+    assert int(clone.run("echo $$").stdout) != first
+
+
 # --- parts -----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pytest_nixvm.errors import AgentError
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.keys import KeyPair
 from pytest_nixvm.guest.result import CommandResult
-from pytest_nixvm.guest.sshd import SshAccess, SshRefusal, access, explain, install_key
+from pytest_nixvm.guest.sshd import SshAccess, SshRefusal, access, explain, install_key, remove_key
 from pytest_nixvm.guest.sshd_rules import (
     Account,
     SshdConfig,
@@ -361,6 +361,49 @@ def test_a_key_that_can_not_be_written(tmp_path: Path) -> None:
     found = SshAccess("root", 22, (), f"{tmp_path}/file/keys", in_home=False)
     with pytest.raises(AgentError, match=r"can't be written to .*file/keys: mkdir"):
         install_key(vm.agent, found, "ssh-ed25519 NEW us")
+
+
+def test_a_key_is_taken_out_again_and_nothing_else(tmp_path: Path) -> None:
+    vm = guest(tmp_path)
+    file = tmp_path / "keys" / "root"
+    file.parent.mkdir()
+    file.write_text("ssh-ed25519 OLD owner\nssh-ed25519 NEW us too\n# -v x\n")
+    before = file.read_text()
+    found = SshAccess("root", 22, (), str(file), in_home=False)
+    install_key(vm.agent, found, "ssh-ed25519 NEW us")
+    file.chmod(0o640)
+    status = file.stat()
+
+    for _ in range(2):  # the second time changes nothing
+        remove_key(vm.agent, found, "ssh-ed25519 NEW us")
+        assert file.read_text() == before
+        assert file.stat().st_mode == status.st_mode
+        assert file.stat().st_ino == status.st_ino
+    install_key(vm.agent, found, "ssh-ed25519 NEW us")
+    assert "ssh-ed25519 NEW us" in file.read_text().splitlines()
+
+
+def test_a_key_that_was_the_only_one_leaves_an_empty_file(tmp_path: Path) -> None:
+    vm = guest(tmp_path)
+    file = tmp_path / "keys" / "root"
+    found = SshAccess("root", 22, (), str(file), in_home=False)
+    install_key(vm.agent, found, "ssh-ed25519 NEW us")
+    remove_key(vm.agent, found, "ssh-ed25519 NEW us")
+    assert file.read_text().strip() == ""
+    file.unlink()
+    remove_key(vm.agent, found, "ssh-ed25519 NEW us")  # somebody else was quicker
+    assert not file.exists()
+
+
+def test_a_key_that_can_not_be_taken_out_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    vm = guest(tmp_path)
+    file = tmp_path / "keys"
+    file.write_text("ssh-ed25519 OLD owner\n")
+    found = SshAccess("root", 22, (), str(file), in_home=False)
+    vm._program("grep", "echo 'input error' >&2; exit 2")
+    with pytest.raises(AgentError, match=r"can't be taken out of .*/keys: input error"):
+        remove_key(vm.agent, found, "ssh-ed25519 NEW us")
+    assert file.read_text() == "ssh-ed25519 OLD owner\n"
 
 
 def test_a_failed_login_is_explained(tmp_path: Path) -> None:
