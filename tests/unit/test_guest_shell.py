@@ -392,7 +392,7 @@ def test_a_clone_s_shell_can_be_told_to_end_what_it_runs(machine: Guest) -> None
 
 
 def test_what_was_left_in_the_background_before_a_freeze_lives_on(machine: Guest) -> None:
-    left = int(machine.shell.run("sleep 300 & echo $!").stdout)
+    left = int(machine.shell.run("sleep 300 >/dev/null 2>&1 & echo $!").stdout)
     clone = machine.clone()
     assert clone.run("echo hi").stdout == "hi\n"
     with pytest.raises(CommandTimeoutError):
