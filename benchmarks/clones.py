@@ -26,6 +26,8 @@ from pytest_nixvm import Settings
 PLOT = ROOT / "docs" / "clones.svg"
 ISOLATED = (1, 64, 256)
 TESTS = 20
+WHILE = {"true": "a test of `true`", "sleep 0.5": "a test of half a second"}
+"""What tests do: nothing, which leaves no time to prepare a spare in; and a little."""
 
 
 def main(rounds: int, arguments: list[str]) -> dict[str, Any]:
@@ -155,16 +157,18 @@ def _runs(
     place.mkdir()
     runs = Runs(place, arguments, cache)
     runs.run(1)  # so that the second is the second
-    first, second, bare, isolated, shared = [], [], [], [], []
+    first, second, bare = [], [], []
+    isolated: dict[str, list[float]] = {command: [] for command in WHILE}
+    shared: dict[str, list[float]] = {command: [] for command in WHILE}
     for _ in range(few):
         first.append(runs.empty_cache().begins[0])
         second.append(runs.run(1).begins[0])
         bare.append(runs.bare().begins[0])
-        isolated.append(runs.run(TESTS).per_test)
-        shared.append(runs.run(TESTS, "session").per_test)
+        for command in WHILE:
+            isolated[command].append(runs.run(TESTS, command=command).per_test)
+            shared[command].append(runs.run(TESTS, "session", command=command).per_test)
     points = [(count, runs.run(count).seconds) for _ in range(fewer) for count in ISOLATED]
     found = fit(points)
-    with_session = statistics.median(shared)
     figures = [
         Figure(
             "second pytest run: shell to the first test's first line",
@@ -180,12 +184,7 @@ def _runs(
             10,
             least=True,
         ),
-        Figure(
-            "a test with isolation test over one with session",
-            [(seconds - with_session) * 1e3 for seconds in isolated],
-            goal=100,
-            limit_name=f"with session {number(with_session * 1e3)} ms from one to the next",
-        ),
+        *(_overhead(what, isolated[command], shared[command]) for command, what in WHILE.items()),
     ]
     line = {
         "seconds per test": found.slope,
@@ -194,6 +193,16 @@ def _runs(
         "points": points,
     }
     return figures, line
+
+
+def _overhead(what: str, isolated: list[float], shared: list[float]) -> Figure:
+    with_session = statistics.median(shared)
+    return Figure(
+        f"{what}: isolation test over session",
+        [(seconds - with_session) * 1e3 for seconds in isolated],
+        goal=100,
+        limit_name=f"with session {number(with_session * 1e3)} ms from one to the next",
+    )
 
 
 @contextmanager

@@ -85,7 +85,10 @@ class Lab:
     # --- QEMU alone ----------------------------------------------------------------------------
 
     def bare(self, machine: Machine) -> Qemu:
-        """Start the QEMU of a clone that is off, with nothing loaded and its processors stopped."""
+        """Start the QEMU of a clone that is off: it loads nothing, its processors are stopped.
+
+        It waits for a state, so it has not put kernel and firmware into its memory either.
+        """
         timeout, shared = 30.0, (self.workshop.supervisor, self.workshop.io)
         if machine is not self._bare:
             # So that its disks and directories are there.
@@ -93,7 +96,7 @@ class Lab:
                 self.template, machine.spec, supervisor=shared[0], io=shared[1], timeout=timeout
             )
             qemu.kill()
-            self._bare, self._argv = machine, (*_nothing_loaded(qemu.argv), "-S")
+            self._bare, self._argv = machine, (*qemu.argv, "-S")
         environment = {"PATH": os.environ.get("PATH", ""), "TMPDIR": str(machine.spec.scratch)}
         return start(
             machine.spec,
@@ -261,11 +264,6 @@ def _loadvm(lab: Lab) -> Contender:
 
     run()
     return Contender("loadvm in place", run, "clock set, channels as they were")
-
-
-def _nothing_loaded(argv: tuple[str, ...]) -> tuple[str, ...]:
-    at = argv.index("-incoming")
-    return (*argv[:at], *argv[at + 2 :])
 
 
 def _allocated(path: Path) -> int:

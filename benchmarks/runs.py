@@ -41,7 +41,7 @@ class Run:
 
 
 class Runs:
-    """Runs tests that do nothing but run `true`. `cache` is what they share."""
+    """Runs tests that do nothing but run a command. `cache` is what they share."""
 
     def __init__(self, directory: Path, arguments: list[str], cache: Path) -> None:
         self._directory = directory
@@ -49,7 +49,14 @@ class Runs:
         self._cache = cache
         (directory / "pytest.ini").write_text("[pytest]\n")
 
-    def run(self, tests: int, isolation: str = "test", cache: Path | None = None) -> Run:
+    def run(
+        self,
+        tests: int,
+        isolation: str = "test",
+        *,
+        command: str = "true",
+        cache: Path | None = None,
+    ) -> Run:
         """Run that many tests with the plugin."""
         arguments = [
             "-p", "no:cacheprovider", f"--nixvm-flake={FLAKE}", f"--nixvm-memory={MEMORY}",
@@ -57,7 +64,7 @@ class Runs:
             f"--nixvm-cache={cache or self._cache}", f"--nixvm-output={self._directory / 'out'}",
             *self._arguments,
         ]  # fmt: skip
-        return self._run(tests, "vm, ", 'vm.run("true", check=True)', arguments, {})
+        return self._run(tests, "vm, ", f"vm.run({command!r}, check=True)", arguments, {})
 
     def empty_cache(self) -> Run:
         """Run one test with a cache that is empty: the machine is built and booted."""
