@@ -116,11 +116,10 @@ class Run:
     def close(self) -> None:
         """End every VM."""
         if "fleet" in self.__dict__:
-            if not self._closed:
-                for machine in list(self.fleet.started):
-                    self._account(machine)
             self.fleet.close()
             if not self._closed:
+                for machine in self.fleet.started:  # left running: those that end are told
+                    self._account(machine)
                 self.account.kept += [kept.lines() for kept in self.fleet.kept]
                 self.account.unfreezable |= self.fleet.unfreezable
             self._closed = True

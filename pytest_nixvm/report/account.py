@@ -28,7 +28,8 @@ class Account:
             f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
         ]
         if machine.template is not None:
-            self.cloned.setdefault(machine.name, []).append(machine.woken_in)
+            if machine.woken_in > 0:
+                self.cloned.setdefault(machine.name, []).append(machine.woken_in)
             if not machine.boots:
                 return
         self.booted.append(
