@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nixvm.channels import Channels
-from pytest_nixvm.errors import BootError, ChannelError, MachineError, QemuError
+from pytest_nixvm.errors import BootError, MachineError
 from pytest_nixvm.guest import waking
 from pytest_nixvm.guest.boot import BootReport
 from pytest_nixvm.qemu.template import Template, freeze, load, power_on
@@ -114,7 +114,7 @@ class Cloning(Power):
             on.clock.set(WAKE_TIMEOUT)
             if self.template.facts["entropy"] == waking.IOCTL:
                 waking.reseed(on.agent)
-        except (ChannelError, QemuError) as error:
+        except MachineError as error:
             tail = on.console.tail(25)
             self.kill()
             raise BootError(
@@ -151,16 +151,16 @@ class Cloning(Power):
             return template
 
     def _facts(self, on: Channels) -> dict[str, Any]:
-        run = on.agent.exec
-        # A clone that is reset must find on its disk what the template has written.
-        run(["sync"], timeout=WAKE_TIMEOUT)
         boot = self.boot
-        return {
+        facts = {
             "boot": None if boot is None else asdict(boot),
             "entropy": waking.entropy_source(on.agent),
             "uptime": float(on.agent.read_file("/proc/uptime").split()[0]),
             "channels": on.remembered(),
         }
+        # A clone that is reset must find on its disk what the template has written.
+        on.agent.exec(["sync"], timeout=WAKE_TIMEOUT)
+        return facts
 
     @property
     def boot(self) -> BootReport | None:
