@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm import keep
 from pytest_nixvm.catalogue import Catalogue
-from pytest_nixvm.errors import (
-    BootError,
-    MachineGoneError,
-)
+from pytest_nixvm.errors import BootError, MachineGoneError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo
 from pytest_nixvm.keep import Kept
 from pytest_nixvm.progress import Progress
-from pytest_nixvm.settings import MachineRequest, Settings
+from pytest_nixvm.settings import NETWORKS, MachineRequest, Settings
 from pytest_nixvm.snapshots import Snapshot
 from pytest_nixvm.spares import Spares, Want
 from pytest_nixvm.store import Store
@@ -122,6 +119,8 @@ class Fleet(Catalogue):
         self, memory: int | None = None, cores: int | None = None, network: str | None = None
     ) -> MachineRequest:
         settings = self.settings
+        if network not in (None, *NETWORKS):
+            raise SettingsError(f"network: {network!r} is not one of {', '.join(NETWORKS)}.")
         return MachineRequest(
             isolation=settings.isolation,
             memory=memory or settings.memory,
@@ -215,8 +214,12 @@ class Fleet(Catalogue):
         if spare is None:
             return self._power(make(template), shared)
         self.started.append(spare)
-        self.on_start(spare, shared)
-        spare.wake()
+        try:
+            self.on_start(spare, shared)
+            spare.wake()
+        except BaseException:
+            self.end(spare)
+            raise
         return spare
 
     def _to_start(self, name: str, request: MachineRequest) -> Machine:
