@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nixvm.errors import NixvmError
+from pytest_nixvm.errors import NixvmError, SettingsError
 from pytest_nixvm.run import RUN, fail, marked_machines
+from pytest_nixvm.snapshots import check_prepare
 
 if TYPE_CHECKING:
     from pytest_nixvm.fleet import Fleet
@@ -33,7 +34,12 @@ def nixvm_machine(request: pytest.FixtureRequest) -> str:
 
 
 def template(
-    machine: str | None = None, *, depends: tuple[object, ...] = (), **properties: Any
+    machine: str | None = None,
+    *,
+    depends: Sequence[object] = (),
+    memory: int | None = None,
+    cores: int | None = None,
+    network: str | None = None,
 ) -> Callable[[Callable[[Machine], object]], Any]:
     """Make a fixture of a function that prepares a machine: a clone of that for each test.
 
@@ -47,15 +53,25 @@ def template(
 
     The machine is prepared and frozen once, and kept between runs until it, the function's source
     or any of `depends` changes (a path is what it holds, a function its source). Without `machine`
-    the test runs once for each selected one. `properties` are memory (MiB), cores and network.
+    the test runs once for each selected one. `memory` is in MiB. Raises `SettingsError` for a
+    function that can't prepare a machine.
     """
+    if not isinstance(machine, str | None):
+        raise SettingsError(
+            "@pytest_nixvm.template takes a machine's name in brackets, or empty ones: "
+            "@pytest_nixvm.template()"
+        )
 
     def decorate(prepare: Callable[[Machine], object]) -> Any:
+        check_prepare(prepare)
+
         def clone(request: pytest.FixtureRequest) -> Iterator[Machine]:
             run = request.config.stash[RUN]
             name = machine or request.getfixturevalue("nixvm_machine")
             try:
-                snapshot = run.fleet.template(name, prepare, depends=depends, **properties)
+                snapshot = run.fleet.template(
+                    name, prepare, depends=depends, memory=memory, cores=cores, network=network
+                )
                 run.has_snapshot(request.fixturename or "", snapshot)
                 vm = snapshot.start()
             except NixvmError as error:

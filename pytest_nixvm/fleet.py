@@ -16,7 +16,7 @@ from pytest_nixvm.flake.build import MachineInfo
 from pytest_nixvm.keep import Kept
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.settings import NETWORKS, MachineRequest, Settings
-from pytest_nixvm.snapshots import Snapshot
+from pytest_nixvm.snapshots import Snapshot, check_prepare
 from pytest_nixvm.spares import Spares, Want
 from pytest_nixvm.store import Store
 from pytest_nixvm.templates import Prepare, Templates, Unfreezable
@@ -172,7 +172,7 @@ class Fleet(Catalogue):
                 else:
                     name, request = each.what
                     template = self._template_of.get((name, replace(request, user=None)))
-                    make = partial(self._clone, name, request)
+                    make = self._cloner(name, request)
                 if template is not None:
                     wants.append(Want(template, partial(make, template), each.users))
             self._spares.expect(wants)
@@ -185,7 +185,7 @@ class Fleet(Catalogue):
         """Return a machine that is ready and was used by nobody."""
         template = self._template(name, request) if self._freezes(request) else None
         if template is not None:
-            return self._wake(template, partial(self._clone, name, request), shared)
+            return self._wake(template, self._cloner(name, request), shared)
         booted = self._booted.pop((name, replace(request, user=None)), None)
         if booted is not None and booted.is_up():
             self.on_start(booted, shared)
@@ -204,8 +204,10 @@ class Fleet(Catalogue):
             self._template_of[key] = None if isinstance(found, Unfreezable) else found
         return self._template_of[key]
 
-    def _clone(self, name: str, request: MachineRequest, template: Template) -> Machine:
-        return self._workshop.make(self.build(name, freezable=True), request, template=template)
+    def _cloner(self, name: str, request: MachineRequest) -> Callable[[Template], Machine]:
+        # The build is looked up now: a spare is made while somebody who waits for it has our lock.
+        build = self.build(name, freezable=True)
+        return lambda template: self._workshop.make(build, request, template=template)
 
     def _wake(
         self, template: Template, make: Callable[[Template], Machine], shared: bool
@@ -272,6 +274,7 @@ class Fleet(Catalogue):
         or any of `depends`: functions that it calls, files that it copies, values. Raises what
         `prepare` raises.
         """
+        check_prepare(prepare)
         request = replace(self._request(memory, cores, network), isolation="test")
         title = title or getattr(prepare, "__name__", "prepared")
         build = self.build(name, freezable=True)
@@ -288,8 +291,8 @@ class Fleet(Catalogue):
                 prepare(machine)
                 return machine
 
-            return Snapshot(title, name, None, boot, partial(self._clone, name, request))
-        return self._snapshot_of(title, name, found, partial(self._clone, name, request))
+            return Snapshot(title, name, None, boot, self._cloner(name, request))
+        return self._snapshot_of(title, name, found, self._cloner(name, request))
 
     def _snapshot(self, machine: Machine, name: str) -> Snapshot:
         """Do what `Machine.snapshot` promises."""
