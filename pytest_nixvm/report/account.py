@@ -28,7 +28,7 @@ class Account:
             f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
         ]
         if machine.template is not None:
-            if machine.woken_in > 0:
+            if machine.woken_in > 0 and not machine.frozen:  # that one is no test's
                 self.cloned.setdefault(machine.name, []).append(machine.woken_in)
             if not machine.boots:
                 return
