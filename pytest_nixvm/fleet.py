@@ -195,14 +195,15 @@ class Fleet(Catalogue):
 
     def _template(self, name: str, request: MachineRequest) -> Template | None:
         key = (name, replace(request, user=None))
-        if key not in self._template_of:
-            found = self._templates.of(self.build(name, freezable=True), request)
-            if isinstance(found, Unfreezable):
-                self.unfreezable.setdefault(name, found.reason)
-                if found.machine is not None:
-                    self._booted[key], found.machine = found.machine, None
-            self._template_of[key] = None if isinstance(found, Unfreezable) else found
-        return self._template_of[key]
+        with self._lock:
+            if key not in self._template_of:
+                found = self._templates.of(self.build(name, freezable=True), request)
+                if isinstance(found, Unfreezable):
+                    self.unfreezable.setdefault(name, found.reason)
+                    if found.machine is not None:
+                        self._booted[key], found.machine = found.machine, None
+                self._template_of[key] = None if isinstance(found, Unfreezable) else found
+            return self._template_of[key]
 
     def _cloner(self, name: str, request: MachineRequest) -> Callable[[Template], Machine]:
         # The build is looked up now: a spare is made while somebody who waits for it has our lock.

@@ -84,7 +84,7 @@ class Spares:
         machine = spare.machine
         if machine is None:
             return None
-        if not machine.qemu.alive:
+        if not machine.is_loaded():  # its QEMU was killed meanwhile
             self._workshop.clear(machine)
             return None
         return machine

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,6 +287,10 @@ class Templates:
 
     # --- what could change a template ----------------------------------------------------------
 
+    @cached_property
+    def _plugin(self) -> list[str]:
+        return [importlib.metadata.version("pytest-nixvm"), _sources()]
+
     def _components(self, build: VmBuild, request: MachineRequest) -> dict[str, Any]:
         qemu = find_qemu(build.start_script)
         accelerator = self._workshop.accelerator(build)
@@ -313,7 +318,7 @@ class Templates:
         return {
             "machine": build.name,
             "format": FORMAT,
-            "plugin": [importlib.metadata.version("pytest-nixvm"), _sources()],
+            "plugin": self._plugin,
             "directory": str(self._store.directory),
             "build": [str(build.output), str(build.start_script)],
             "command line": list(arguments(spec, script, guest)),

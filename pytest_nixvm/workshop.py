@@ -161,8 +161,6 @@ class Workshop:
             self.supervisor.close()
         if "io" in made:
             self.io.close()
-        for reservation in self._reserved.values():
-            reservation.release()
 
     # --- made when the first one starts --------------------------------------------------------
 

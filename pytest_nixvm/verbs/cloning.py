@@ -43,9 +43,9 @@ class Cloning(Power):
         does not start, `BootError` if the machine does not get ready within the boot timeout.
         """
         with self._lock:
-            if self.template is None or (self.loaded and self._on is None):
+            if self.template is None or self.loaded:
                 super().start(allow_reboot)
-            elif not self.is_up():
+            else:
                 began = time.monotonic()
                 self.load()
                 self.wake()
@@ -58,11 +58,8 @@ class Cloning(Power):
 
     # --- a clone -------------------------------------------------------------------------------
 
-    def load(self, ram: Path | None = None) -> None:
-        """Start a clone's QEMU and load the state: it is there, paused. See `wake`.
-
-        With `ram` its memory is that file, shared: the memory of a template to be.
-        """
+    def load(self) -> None:
+        """Start a clone's QEMU and load the state: it is there, paused. See `wake`."""
         template = self.template
         if template is None or self._on is not None:
             return
@@ -75,7 +72,6 @@ class Cloning(Power):
                     supervisor=self._supervisor,
                     io=self._io,
                     timeout=deadline.remaining(),
-                    ram=ram,
                 )
                 self.qemu_version = qemu.monitor.version
                 on = self._on = Channels(qemu, self._io, self._keys)
@@ -85,6 +81,10 @@ class Cloning(Power):
                 self.kill()
                 raise
             self.loaded = True
+
+    def is_loaded(self) -> bool:
+        """Whether there is a QEMU with the state, to be woken or awake."""
+        return self._on is not None and self._on.qemu.alive
 
     def warm(self, users: Iterable[str | None] = ()) -> None:
         """Let a loaded clone run until its channels answer, and pause it again.

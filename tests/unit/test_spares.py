@@ -35,6 +35,9 @@ class Machine:
                 raise self.factory.trouble
             self.qemu.alive = True
 
+    def is_loaded(self) -> bool:
+        return self.qemu.alive
+
     def warm(self, users: tuple[str | None, ...]) -> None:
         self.warmed_for = tuple(users)
 
