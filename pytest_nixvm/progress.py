@@ -5,6 +5,8 @@ The rooms below the plugin report through this protocol and know nothing of term
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -48,3 +50,23 @@ class Silent:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class Deferred:
+    """Is made by `make` when the first step begins: most runs have nothing to show."""
+
+    def __init__(self, make: Callable[[], Progress]) -> None:
+        self._make = make
+        self._made: Progress | None = None
+        self._lock = threading.Lock()
+
+    def step(self, title: str) -> Step:
+        """Begin a step."""
+        with self._lock:
+            self._made = self._made or self._make()
+        return self._made.step(title)
+
+    def close(self) -> None:
+        """Show nothing any more."""
+        if self._made is not None:
+            self._made.close()

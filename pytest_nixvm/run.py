@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import pytest
 
 from pytest_nixvm.errors import NixvmError, SettingsError, UserError
-from pytest_nixvm.progress import Progress, Silent
+from pytest_nixvm.progress import Deferred, Progress, Silent
 from pytest_nixvm.report.account import Account
 from pytest_nixvm.report.cases import Case
 from pytest_nixvm.report.timeline import Recorded, Timeline
@@ -67,7 +67,7 @@ class Run:
     @cached_property
     def progress(self) -> Progress:
         """Where steps are shown, and kept for the timeline."""
-        return Recorded(self._terminal(), self.timeline)
+        return Recorded(Deferred(self._terminal), self.timeline)
 
     def _terminal(self) -> Progress:
         """Return pytest's terminal, whatever is captured meanwhile."""
