@@ -212,7 +212,14 @@ def _migrate(monitor: Monitor, command: str, state: Path, timeout: float = FREEZ
     mark = monitor.mark()
     monitor.execute(command, {"uri": uri})
     while True:
-        event = monitor.wait_event("MIGRATION", timeout=deadline.remaining(), since=mark)
+        try:
+            event = monitor.wait_event("MIGRATION", timeout=deadline.remaining(), since=mark)
+        except QmpError:
+            if not deadline.expired:
+                raise
+            monitor.execute("migrate_cancel")
+            said = f"it was not done within {timeout:g} s"
+            raise QmpError(f"{monitor.name}: {command} failed: {said}", description=said) from None
         mark = event.sequence
         if event.data["status"] == "completed":
             return

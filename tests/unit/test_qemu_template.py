@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from _guest import until
 from _qemu import needs_qemu, say, start_script
 
 from pytest_nixvm.errors import MachineGoneError, QemuError
+from pytest_nixvm.qemu import template as template_room
 from pytest_nixvm.qemu.accelerator import Accelerator
 from pytest_nixvm.qemu.launch import LaunchSpec, Qemu, launch
 from pytest_nixvm.qemu.loop import IoThread
@@ -329,6 +332,28 @@ def test_a_state_that_can_not_be_written_leaves_the_machine_running(
 
     assert guest.status == "running"
     assert guest.tell("b") == "aa"
+    (tmp_path / "template").mkdir()
+    assert lab.clone(guest.freeze(tmp_path / "template")).tell("c") == "bb"
+
+
+@needs_qemu
+def test_a_state_that_takes_too_long_leaves_the_machine_running(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = lab.boot()
+    guest.tell("a")
+    (tmp_path / "slow").mkdir()
+    os.mkfifo(tmp_path / "slow" / STATE)
+    nobody = os.open(tmp_path / "slow" / STATE, os.O_RDWR)  # who reads nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(template_room, "_migrate", partial(template_room._migrate, timeout=0.5))
+        with pytest.raises(CannotFreezeError, match=r"it was not done within 0\.5 s"):
+            freeze(guest.qemu, tmp_path / "slow", facts={})
+    assert guest.tell("b") == "aa"
+
+    os.close(nobody)
+    query = guest.qemu.monitor.execute
+    until(lambda: query("query-migrate")["status"] == "cancelled", "the migration to end")
     (tmp_path / "template").mkdir()
     assert lab.clone(guest.freeze(tmp_path / "template")).tell("c") == "bb"
 
