@@ -174,7 +174,7 @@ def arguments(spec: LaunchSpec, script: str, guest: str) -> tuple[str, ...]:
         result += ["-cpu", "max"]  # "CPU model 'host' requires KVM"
     if spec.memory is not None:
         result += ["-m", str(spec.memory)]
-        if re.search(r"memory-backend-\w+,[^\s]*share=(on|true)", script):
+        if spec.ram is None and re.search(r"memory-backend-\w+,[^\s]*share=(on|true)", script):
             # virtiofs: guest memory in a file of a fixed size, that has to be ours then.
             result += [
                 "-object", f"memory-backend-memfd,id=nixvm-ram,size={spec.memory}M,share=on",
@@ -207,7 +207,9 @@ def arguments(spec: LaunchSpec, script: str, guest: str) -> tuple[str, ...]:
         # Tells a clone's kernel to reseed its random numbers.
         result += ["-device", "vmgenid,guid=auto"]
     memory = spec.memory or configured_memory(script)
-    if spec.ram is not None and memory is not None:
+    # QEMU refuses to start with both. Such a machine is frozen with its memory in the state.
+    own = re.search(r"-mem-path[\s=]|-numa[\s=]+[^\s]*memdev=", script)
+    if spec.ram is not None and memory is not None and own is None:
         result += ram_arguments(memory, spec.ram)
     return (*result, *spec.arguments)
 

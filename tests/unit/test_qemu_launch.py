@@ -472,6 +472,18 @@ def test_nothing_is_added_twice(make_spec: Callable[..., LaunchSpec]) -> None:
     assert "memory-backend=nixvm-ram" in arguments_for(make_spec, shared, "x86_64", memory=512)
 
 
+def test_a_machine_that_is_to_be_frozen_has_one_memory(
+    make_spec: Callable[..., LaunchSpec],
+) -> None:
+    shared = "qemu -m 1024 -object memory-backend-memfd,id=mem,size=1024M,share=on"
+    added = arguments_for(make_spec, shared, "x86_64", memory=512, ram=Path("/t/ram"))
+    assert added.count("id=nixvm-ram") == 1
+    assert "memory-backend-file,id=nixvm-ram,size=512M,mem-path=/t/ram,share=on" in added
+    for own in ("-mem-path /dev/hugepages", "-numa node,memdev=mem"):
+        text = f"qemu -m 1024 {own} -smp 2"
+        assert "nixvm-ram" not in arguments_for(make_spec, text, "x86_64", ram=Path("/t/ram"))
+
+
 def test_another_architecture(make_spec: Callable[..., LaunchSpec]) -> None:
     added = arguments_for(make_spec, "", "aarch64")
     assert "pvpanic-pci" in added
