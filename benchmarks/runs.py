@@ -59,7 +59,7 @@ class Runs:
     ) -> Run:
         """Run that many tests with the plugin."""
         arguments = [
-            "-p", "no:cacheprovider", f"--nixvm-flake={FLAKE}", f"--nixvm-memory={MEMORY}",
+            f"--nixvm-flake={FLAKE}", f"--nixvm-memory={MEMORY}",
             f"--nixvm-machine={MACHINE}", f"--nixvm-isolation={isolation}",
             f"--nixvm-cache={cache or self._cache}", f"--nixvm-output={self._directory / 'out'}",
             *self._arguments,
@@ -91,7 +91,7 @@ class Runs:
         environment.pop("PYTEST_ADDOPTS", None)
         began, clock = time.time(), time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", str(test), *arguments],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), *arguments],
             cwd=self._directory,
             env=environment,
             capture_output=True,
