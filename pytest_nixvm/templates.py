@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nixvm.errors import MachineError, SettingsError
+from pytest_nixvm.errors import MachineError, QemuError, SettingsError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.output import make_directory
 from pytest_nixvm.progress import Progress
@@ -255,6 +255,8 @@ class Templates:
                 return share_memory(qemu, template)
             finally:
                 qemu.kill()
+        except QemuError:
+            return template  # slower to load, and nothing is shared
         finally:
             self._workshop.clear(spare)
             with suppress(OSError):
