@@ -16,7 +16,7 @@ MACHINE = "test-vm"
 
 
 @pytest.fixture
-def kept(fleet_of):
+def kept():
     """Directories of templates that the test has put into the user's cache; removed behind it."""
     directories = []
     yield directories
@@ -25,7 +25,7 @@ def kept(fleet_of):
 
 
 @pytest.fixture
-def fleets(fleet_of):
+def fleets(fleet_of, kept):  # after these `kept` has its turn: what is in use can't be removed
     """Two fleets with one cache, as in two runs."""
     pair = fleet_of("example", boot_timeout="290"), fleet_of("example", boot_timeout="295")
     yield pair
