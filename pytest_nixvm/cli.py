@@ -69,7 +69,7 @@ def list_entries(store: Store) -> None:
     if infos:
         _table(infos)
     total = _size(sum(info.size for info in infos))
-    click.echo(f"{_count(infos)} in {store.directory}, {total}; the limit is {_size(store.limit)}.")
+    click.echo(f"{_count(infos)} in {store.directory}, {total}.")
 
 
 @cache.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nixvm.errors import NixvmError, SettingsError
-from pytest_nixvm.run import RUN, fail, marked_machines
+from pytest_nixvm.run import RUN, TEMPLATE_OF, fail, marked_machines
 from pytest_nixvm.snapshots import check_prepare
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def template(
 
         made = clone if machine is not None else clone_of_each
         made.__doc__ = prepare.__doc__
+        setattr(made, TEMPLATE_OF, machine)
         return pytest.fixture(name=prepare.__name__)(made)
 
     return decorate

@@ -202,6 +202,8 @@ class Fleet(Catalogue):
                     self.unfreezable.setdefault(name, found.reason)
                     if found.machine is not None:
                         self._booted[key], found.machine = found.machine, None
+                else:
+                    self.unfreezable.pop(name, None)  # it could not be built without shares
                 self._template_of[key] = None if isinstance(found, Unfreezable) else found
             return self._template_of[key]
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # this plugin is as well, should not pay for SSH and QMP.
 
 PARAMETER = "nixvm_machine"
+TEMPLATE_OF = "nixvm_template_of"
+"""What a fixture of `template` is marked with: its machine's name."""
 
 
 class Run:
@@ -185,8 +187,9 @@ class Run:
                 near = difflib.get_close_matches(name, every, 1)
                 meant = f" Did you mean {near[0]!r}?" if near else ""
                 where = item.nodeid.partition("[")[0]
+                by = "its template" if name in prepared_machines(item) else "the nixvm marker"
                 raise SettingsError(
-                    f"{where}: the nixvm marker names {name!r}, which is no machine of "
+                    f"{where}: {by} names {name!r}, which is no machine of "
                     f"{self.settings.flake}.{meant} Its machines: {', '.join(every)}."
                 )
 
@@ -265,8 +268,11 @@ class Run:
             request = self.request(following)
             users = (request.user,) if "ssh" in names else ()
             if request.isolation == "test" and {"vm", "machines"} & set(names):
+                prepared = prepared_machines(following)
                 wanted += [
-                    Wanted((machine, request), users) for machine in item_machines(following)
+                    Wanted((machine, request), users)
+                    for machine in item_machines(following)
+                    if machine not in prepared
                 ]
         self.fleet.expect(wanted)
 
@@ -403,13 +409,25 @@ def marked_machines(node: pytest.Item) -> list[str]:
 
 
 def item_machines(item: pytest.Item) -> list[str]:
-    """Return the machines that a test will run on: its parameter, or those of `machines`."""
+    """Return the machines that a test will run on: its parameter, or those of its fixtures."""
+    prepared = prepared_machines(item)
     callspec = getattr(item, "callspec", None)
     if callspec is not None and PARAMETER in callspec.params:
-        return [callspec.params[PARAMETER]]
+        return [callspec.params[PARAMETER], *prepared]
     if "machines" in getattr(item, "fixturenames", ()):
-        return marked_machines(item)
-    return []
+        return [*marked_machines(item), *prepared]
+    return prepared
+
+
+def prepared_machines(item: pytest.Item) -> list[str]:
+    """Return the machines that fixtures of `template` prepare for a test, where they are named."""
+    info = getattr(item, "_fixtureinfo", None)
+    found = []
+    for definitions in getattr(info, "name2fixturedefs", {}).values():
+        name = getattr(definitions[-1].func, TEMPLATE_OF, None)
+        if name is not None:
+            found.append(str(name))
+    return found
 
 
 def module_of(item: pytest.Item) -> str:

@@ -70,6 +70,7 @@ class Templates:
         self._progress = progress
         self._power = power  # starts a machine that is going to be frozen
         self._known: dict[str, Template | Unfreezable] = {}
+        self._failed: dict[str, Exception] = {}  # what `prepare` has raised
         self._entries: list[Entry] = []
         self._sealing: list[threading.Thread] = []
         self._lock = threading.RLock()
@@ -146,6 +147,8 @@ class Templates:
     ) -> Template | Unfreezable:
         key = key_of(components)
         with self._lock:
+            if key in self._failed:
+                raise self._failed[key]
             if key in self._known:
                 return self._known[key]
             name = components["machine"]
@@ -171,7 +174,12 @@ class Templates:
                             "process has just made it: `nixvm cache clear` removes it."
                         )
                 else:
-                    made = self._make(entry, name, make, prepare)
+                    try:
+                        made = self._make(entry, name, make, prepare)
+                    except Exception as error:
+                        if "prepare" in components:  # as with boots: it is not tried again
+                            self._failed[key] = error
+                        raise
                     self._known[key] = made
                     return made
             self._known[key] = template

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+NO_ENTROPY = "none"
+"""As `guest.waking` has it, which a run without VMs need not import."""
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -18,6 +21,7 @@ class Account:
     booted: list[dict[str, Any]] = field(default_factory=list)
     cloned: dict[str, list[float]] = field(default_factory=dict)  # machine -> seconds of each
     unfreezable: dict[str, str] = field(default_factory=dict)  # machine -> why it has no template
+    alike: dict[str, None] = field(default_factory=dict)  # clones with the same random numbers
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: list[list[str]] = field(default_factory=list)  # how to get into each VM that is left
 
@@ -28,6 +32,8 @@ class Account:
             f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
         ]
         if machine.template is not None:
+            if machine.template.facts["entropy"] == NO_ENTROPY:
+                self.alike[machine.name] = None
             if machine.woken_in > 0 and not machine.frozen:  # that one is no test's
                 self.cloned.setdefault(machine.name, []).append(machine.woken_in)
             if not machine.boots:
@@ -60,5 +66,6 @@ class Account:
         for name, seconds in told["cloned"].items():
             self.cloned.setdefault(name, []).extend(seconds)
         self.unfreezable |= told["unfreezable"]
+        self.alike |= told["alike"]
         self.overrides |= told["overrides"]
         self.kept += told["kept"]

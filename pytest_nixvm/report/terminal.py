@@ -75,6 +75,12 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
     for name, reason in account.unfreezable.items():
         text = f"{name}: each test booted a VM of its own, for it can't be frozen: {reason}"
         reporter.line(text, yellow=True)
+    for name in account.alike:
+        text = (
+            f"{name}: its clones may draw the same random numbers: its kernel does not know "
+            "vmgenid (Linux 5.18, CONFIG_VMGENID), and it has neither perl nor python3"
+        )
+        reporter.line(text, yellow=True)
     for name, overrides in account.overrides.items():
         for override in overrides:
             reporter.line(f"{name} was not as configured: {override}", yellow=True)

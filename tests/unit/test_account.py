@@ -36,7 +36,8 @@ def machine(name: str = "dev-vm", **more: Any) -> Any:
 
 
 def clone(seconds: float, **more: Any) -> Any:
-    values: dict[str, Any] = {"template": object(), "woken_in": seconds, "boots": []}
+    template = SimpleNamespace(facts={"entropy": "vmgenid"})
+    values: dict[str, Any] = {"template": template, "woken_in": seconds, "boots": []}
     return machine(**(values | more))
 
 
