@@ -119,16 +119,23 @@ class Channels:
 
     # --- SSH -----------------------------------------------------------------------------------
 
-    def ssh_as(self, user: str | None) -> Ssh:
-        """SSH as `user`; None is whoever may log in, root first. One connection for each user."""
+    def ssh_as(self, user: str | None, memo: dict[Any, Any] | None = None) -> Ssh:
+        """SSH as `user`; None is whoever may log in, root first. One connection for each user.
+
+        `memo` keeps who may log in, for machines that are known to be alike in that.
+        """
         with self._lock:
             if user not in self._ssh:
                 # Not sooner: most runs need no SSH, and its import takes a tenth of a second.
                 from pytest_nixvm.guest.ssh import Ssh
 
-                found = sshd.access(self.agent, user=user)
+                found = None if memo is None else memo.get(("ssh", user))
+                if found is None:
+                    found = sshd.access(self.agent, user=user)
                 if isinstance(found, SshRefusal):
                     raise found.error(self.qemu.spec.name)
+                if memo is not None:
+                    memo["ssh", user] = found
                 install_key(self.agent, found, self._keys().public_line)
                 self._let_in.append(found)
                 self._ssh[user] = Ssh(

@@ -94,6 +94,7 @@ class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMoni
         self._boot_timeout = boot_timeout
         self._lock = threading.RLock()
         self._on: Channels | None = None
+        self._rests = False  # loaded as a clone, and paused
         self._no_shell = ""
         self._snapshot = snapshot
         self._end = end

@@ -1,18 +1,22 @@
 """Clones that are loaded while a test runs, so that the next test need not wait for its own.
 
-A spare was woken until its channels answered, and is paused: what it needs is in memory, what it
-runs is translated. One is prepared at a time, so that the test that runs keeps its processors.
+A spare was woken until its channels answered: what it needs is in memory, what it runs is
+translated. If nobody takes it soon it is paused, and woken once more. One is prepared at a time, so
+that the test that runs keeps its processors.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pytest_nixvm.errors import MachineError
 from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -23,6 +27,13 @@ MOST = 4
 """Spares at most: a test that wants more machines than these is a rare one."""
 
 
+LINGER = 1.0
+"""Seconds that a spare is left running: short tests find their machine awake, with the right time.
+
+An idle guest takes some hundredths of a processor.
+"""
+
+
 @dataclass
 class Want:
     """A spare to be: what makes it, and who is going to log in by SSH."""
@@ -31,6 +42,7 @@ class Want:
     make: Callable[[], Machine]
     users: Sequence[str | None] = ()
     machine: Machine | None = None
+    rests_at: float | None = None  # when it is to be paused, by the monotonic clock
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -123,7 +135,9 @@ class Spares:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._changed.wait_for(lambda: self._wants or self._unwanted or self._closed)
+                self._changed.wait_for(
+                    lambda: self._wants or self._unwanted or self._closed, self._rest()
+                )
                 if self._closed:
                     return
                 unwanted, self._unwanted = self._unwanted, []
@@ -144,6 +158,17 @@ class Spares:
                                 each.remove(want)
                 want.done.set()
 
+    def _rest(self) -> float | None:
+        """Pause the spares that have been awake for long enough; return when to look again."""
+        awake = [spare for spare in self._spares if spare.rests_at is not None]
+        for spare in awake:
+            if spare.machine is not None and (spare.rests_at or 0) <= time.monotonic():
+                spare.rests_at = None
+                with suppress(MachineError):  # whoever takes it sees what has become of it
+                    spare.machine.rest()
+        times = [spare.rests_at for spare in awake if spare.rests_at is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
     def _prepare(self, want: Want) -> Machine | None:
         machine = None
         try:
@@ -154,6 +179,7 @@ class Spares:
             machine.load()
             self._workshop.started(machine)
             machine.warm(want.users)
+            want.rests_at = time.monotonic() + LINGER
         except Exception:
             # Whoever wants it makes one himself, and is told what is wrong with that.
             if machine is not None:

@@ -17,20 +17,23 @@ from typing import ClassVar
 
 from pytest_nixvm.errors import AgentError
 from pytest_nixvm.guest.agent import Agent
-from pytest_nixvm.guest.result import CommandResult
+from pytest_nixvm.guest.result import Command, CommandResult
 from pytest_nixvm.wait import Deadline
 
 CLOCK_TOLERANCE = 0.08
-"""Seconds that the clock of a clone may be off; the rest of a tenth is for measuring it."""
+"""Seconds that the clock of a clone may be off at most, what is not known of it included."""
 
 TRIES = 5
 """Times that the shell may try; on a busy computer one may come late."""
+
+USUAL = 0.02
+"""Seconds that a command takes; the error of the clock is half of the difference."""
 
 VMGENID, IOCTL, NONE = "vmgenid", "ioctl", "none"
 """How a clone gets random numbers of its own."""
 
 # EPOCHREALTIME is bash's, since 5.0: no program has to be started for it.
-_SET = "date -s @{:.6f} >/dev/null; echo ${{EPOCHREALTIME:-$(date +%s.%N)}}"
+_NOW = "echo ${EPOCHREALTIME:-$(date +%s.%N)}"
 
 _VMGENID = """
 for bus in acpi platform; do
@@ -70,16 +73,16 @@ def reseed(agent: Agent) -> None:
 
 
 class Clock:
-    """The guest's clock, set over the shell if there is one: that is one command, and no other.
+    """The guest's clock, set over the shell if there is one: a program more takes its time.
 
-    `run` runs a command string in the guest's shell, None if it has none. What a clone does the
-    first time takes long, under software emulation above all, so the time that is sent is the one
-    at which it is expected to be set: `leads` is what that took, for all clones of this process.
+    `run` runs a command in the guest's shell, None if it has none. What a clone does the first time
+    takes long, under software emulation above all; so the time that is sent then is the one at
+    which it is likely to be set: `lead` is what that took, for all clones of this process.
     """
 
-    leads: ClassVar[dict[bool, float]] = {True: 0.1, False: 0.01}  # by whether it is the first time
+    lead: ClassVar[float] = 0.1
 
-    def __init__(self, agent: Agent, run: Callable[[str], CommandResult] | None) -> None:
+    def __init__(self, agent: Agent, run: Callable[[Command], CommandResult] | None) -> None:
         self._agent = agent
         self._run = run
         self._first = True
@@ -87,34 +90,42 @@ class Clock:
     def set(self, timeout: float = 30) -> None:
         """Set the guest's clock to the host's, and make sure of it.
 
-        Raises `AgentError` if it is still more than `CLOCK_TOLERANCE` off after `timeout` seconds.
+        Raises `AgentError` if it may still be more than `CLOCK_TOLERANCE` off after `timeout`
+        seconds.
         """
         deadline = Deadline(timeout)
-        lead, off = self.leads[self._first], float("inf")
-        for _ in range(TRIES if self._run is not None else 0):
-            off = self._by_shell(lead)
-            if abs(off) < 1 and lead == self.leads[self._first]:
-                # Half of the difference: one that was unusually slow must not spoil the next.
-                self.leads[self._first] = min(max(lead - off / 2, 0.0), 1.0)
-            lead = max(0.0, lead - off) if abs(off) < 1 and not self._first else self.leads[False]
-            self._first = False
-            if abs(off) <= CLOCK_TOLERANCE or deadline.expired:
-                break
+        for _ in range(TRIES):
+            if self._run is not None and self._by_shell(self._run):
+                return
+        off = _clock_off(self._agent)
         while abs(off) > CLOCK_TOLERANCE:  # again where the computer is busy
             self._agent.set_time(timeout=max(1.0, deadline.remaining()))
             off = _clock_off(self._agent)
             if abs(off) > CLOCK_TOLERANCE and deadline.expired:
                 raise AgentError(f"The guest's clock is {off:+.2f} s off, and can't be set better.")
 
-    def _by_shell(self, lead: float) -> float:
-        """Try to set it; return by how many seconds it is ahead then, infinity for a failure."""
-        if self._run is None:
-            return float("inf")
-        result = self._run(_SET.format(time.time() + lead))
+    def _by_shell(self, run: Callable[[Command], CommandResult]) -> bool:
+        """Set it, and return whether it is known to be right."""
+        first, self._first = self._first, False
+        lead = Clock.lead if first else USUAL / 2
+        began = time.monotonic()
+        done = run(["date", "-s", f"@{time.time() + lead:.6f}"])
+        took = time.monotonic() - began
+        if not done.ok:
+            return False
+        if not first and took <= CLOCK_TOLERANCE:
+            return True  # it was right at some moment between the question and the answer
+        before = time.time()
+        said = run(_NOW).stdout.replace(",", ".")
+        took = time.time() - before
         try:
-            return float(result.stdout.replace(",", ".")) - time.time()
+            off = float(said) - (before + took / 2)
         except ValueError:
-            return float("inf")
+            return False
+        if first and abs(off) < 1:
+            # Half of the difference: one that was unusually slow must not spoil the next.
+            Clock.lead = min(max(lead - off / 2, 0.0), 1.0)
+        return abs(off) + took / 2 <= CLOCK_TOLERANCE
 
 
 def _clock_off(agent: Agent) -> float:

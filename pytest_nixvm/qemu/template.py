@@ -87,11 +87,13 @@ class Template:
     has_ram: bool  # whether the memory is a file of its own, to be shared by the clones
     version: tuple[int, int, int]  # QEMU's
     facts: dict[str, Any] = field(default_factory=dict)
+    # What was found out of clones that nobody had used yet; for this process.
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the directory."""
         data = asdict(self)
-        del data["directory"]
+        del data["directory"], data["memo"]
         return data | {
             "sockets": str(self.sockets),
             "scratch": str(self.scratch),
@@ -174,7 +176,9 @@ def freeze(
         has_ram=has_ram,
         version=version,
     )
-    return replace(made_by, directory=directory, disks=disks, has_ram=has_ram, facts=facts)
+    return replace(
+        made_by, directory=directory, disks=disks, has_ram=has_ram, facts=facts, memo={}
+    )
 
 
 def share_memory(qemu: Qemu, template: Template) -> Template:

@@ -33,6 +33,7 @@ class Cloning(Power):
     loaded: bool
     frozen: bool
     woken_in: float
+    _rests: bool
     _snapshot: Callable[[Any, str], Snapshot]
 
     def start(self, allow_reboot: bool = True) -> None:
@@ -80,40 +81,42 @@ class Cloning(Power):
             except BaseException:
                 self.kill()
                 raise
-            self.loaded = True
+            self.loaded = self._rests = True
 
     def is_loaded(self) -> bool:
         """Whether there is a QEMU with the state, to be woken or awake."""
         return self._on is not None and self._on.qemu.alive
 
     def warm(self, users: Iterable[str | None] = ()) -> None:
-        """Let a loaded clone run until its channels answer, and pause it again.
+        """Let a loaded clone run until its channels answer; it runs on, until `rest` or `wake`.
 
         What it runs then need not be translated or paged in later. `users` get an SSH connection.
         """
         on = self._on
-        if on is None:
+        if on is None or self.template is None:
             return
-        on.qemu.resume()
-        on.clock.set(WAKE_TIMEOUT)
+        self._stir(on)
         for user in users:
-            _ = on.ssh_as(user).client
-        on.qemu.pause()
+            _ = on.ssh_as(user, self.template.memo).client
+
+    def rest(self) -> None:
+        """Pause a clone that was warmed and that nobody has taken yet."""
+        on = self._on
+        if on is not None:
+            on.qemu.pause()
+            self._rests = True
 
     def wake(self) -> None:
-        """Let a loaded clone run: with the host's time and random numbers of its own.
+        """Hand a loaded clone over: it runs, with the host's time and random numbers of its own.
 
         Raises `BootError` if it does not answer.
         """
         on = self._on
-        if on is None or self.template is None:
+        if on is None:
             return
         began = time.monotonic()
         try:
-            on.qemu.resume()
-            on.clock.set(WAKE_TIMEOUT)
-            if self.template.facts["entropy"] == waking.IOCTL:
-                waking.reseed(on.agent)
+            self._stir(on)
         except MachineError as error:
             tail = on.console.tail(25)
             self.kill()
@@ -127,6 +130,16 @@ class Cloning(Power):
         self.settled[log] = log.stat().st_size if log.exists() else 0
         on.watch()
         self.woken_in = time.monotonic() - began
+
+    def _stir(self, on: Channels) -> None:
+        """Let it run if it rests, with the time as it is now."""
+        if self.template is None or not self._rests:
+            return
+        on.qemu.resume()
+        self._rests = False
+        on.clock.set(WAKE_TIMEOUT)
+        if self.template.facts["entropy"] == waking.IOCTL:
+            waking.reseed(on.agent)
 
     # --- a template ----------------------------------------------------------------------------
 

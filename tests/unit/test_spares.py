@@ -23,6 +23,7 @@ class Machine:
         self.qemu = SimpleNamespace(alive=False)
         self.warmed_for: tuple[str | None, ...] | None = None
         self.cleared = 0
+        self.rested = False
 
     def __repr__(self) -> str:
         return self.name
@@ -34,6 +35,11 @@ class Machine:
             if self.factory.trouble is not None:
                 raise self.factory.trouble
             self.qemu.alive = True
+
+    def rest(self) -> None:
+        with self.factory.changed:
+            self.rested = True
+            self.factory.changed.notify_all()
 
     def is_loaded(self) -> bool:
         return self.qemu.alive
@@ -352,3 +358,13 @@ def test_a_single_processor_is_the_test_s(factory: Factory) -> None:
     assert take(spares, "web") is None
     assert factory.made == []
     spares.close()
+
+
+def test_one_that_nobody_takes_is_paused(
+    factory: Factory, spares: Spares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_nixvm.spares.LINGER", 0.01)
+    spares.expect([factory.want("a")])
+    with factory.changed:
+        assert factory.changed.wait_for(lambda: factory.made and factory.made[0].rested, 10)
+    assert take(spares, "a") is factory.made[0]
