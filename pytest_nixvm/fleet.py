@@ -20,6 +20,7 @@ from pytest_nixvm.snapshots import Snapshot, check_prepare
 from pytest_nixvm.spares import Spares, Want
 from pytest_nixvm.store import Store
 from pytest_nixvm.templates import Prepare, Templates, Unfreezable
+from pytest_nixvm.verbs.infra import MACHINES
 from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class Fleet(Catalogue):
             return self._wake(template, self._cloner(name, request), shared)
         booted = self._booted.pop((name, replace(request, user=None)), None)
         if booted is not None and booted.is_up():
-            self.on_start(booted, shared)
+            self._hand_out(booted, shared)
             return booted
         build = self.build(name, freezable=self._freezes(request))
         return self._power(self._workshop.make(build, request), shared)
@@ -218,9 +219,8 @@ class Fleet(Catalogue):
         spare = self._spares.take(template)
         if spare is None:
             return self._power(make(template), shared)
-        self.started.append(spare)
         try:
-            self.on_start(spare, shared)
+            self._hand_out(spare, shared)
             spare.wake()
         except BaseException:
             self.end(spare)
@@ -233,17 +233,22 @@ class Fleet(Catalogue):
         template = self._template(name, request) if freezes else None
         build = self.build(name, freezable=freezes)
         machine = self._workshop.make(build, request, template=template)
-        self.started.append(machine)
+        self._hand_out(machine, shared=False)
         self._workshop.reserve(machine)
-        self.on_start(machine, False)
         return machine
+
+    def _hand_out(self, machine: Machine, shared: bool) -> None:
+        """Note that somebody gets a machine; a spare was nobody's until then."""
+        if machine not in self.started:
+            self.started.append(machine)
+        MACHINES[machine.name] = machine
+        self.on_start(machine, shared)
 
     def _power(self, machine: Machine, shared: bool) -> Machine:
         """Start a machine for the first time, when there is memory for it."""
-        self.started.append(machine)
         try:
+            self._hand_out(machine, shared)
             self._workshop.reserve(machine)
-            self.on_start(machine, shared)
             machine.start()
             self._workshop.started(machine)
         except BaseException:

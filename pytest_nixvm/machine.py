@@ -28,7 +28,7 @@ from pytest_nixvm.verbs.commands import Commands
 from pytest_nixvm.verbs.driver import Driver
 from pytest_nixvm.verbs.files import Files
 from pytest_nixvm.verbs.guest import DEFAULT_TIMEOUT, STRICT
-from pytest_nixvm.verbs.infra import MACHINES, Infra
+from pytest_nixvm.verbs.infra import Infra
 from pytest_nixvm.verbs.monitor import QemuMonitor
 from pytest_nixvm.verbs.network import Network
 from pytest_nixvm.verbs.screen import Screen
@@ -98,7 +98,6 @@ class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMoni
         self._no_shell = ""
         self._snapshot = snapshot
         self._end = end
-        MACHINES[self.name] = self
 
     def __repr__(self) -> str:
         return f"<Machine {self.name} {'up' if self.is_up() else 'down'}>"

@@ -151,11 +151,6 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     item.config.stash[RUN].set_up()
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the VMs that no later test shares."""
-    item.config.stash[RUN].leave(item, nextitem)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -176,12 +171,15 @@ def pytest_runtest_makereport(
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    """Note which test is under way; drop what was known of it when it is over."""
-    item.config.stash[RUN].begin(item, nextitem)
+    """Note which test is under way; when it is over, end the VMs that no later test shares."""
+    run = item.config.stash[RUN]
+    run.begin(item, nextitem)
     try:
         return (yield)
     finally:
-        item.config.stash[RUN].forget(item)
+        # Not sooner: its fixtures may need them to the end, and so do the reports.
+        run.leave(item, nextitem)
+        run.forget(item)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -176,9 +176,7 @@ def freeze(
         has_ram=has_ram,
         version=version,
     )
-    return replace(
-        made_by, directory=directory, disks=disks, has_ram=has_ram, facts=facts, memo={}
-    )
+    return replace(made_by, directory=directory, disks=disks, has_ram=has_ram, facts=facts, memo={})
 
 
 def share_memory(qemu: Qemu, template: Template) -> Template:
