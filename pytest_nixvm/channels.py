@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_nixvm.errors import AgentError, MachineError, QmpError, ShellError
+from pytest_nixvm.errors import AgentError, MachineError, NoShellError, QmpError, ShellError
 from pytest_nixvm.guest import sshd
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.console import Console
@@ -169,7 +169,7 @@ class Channels:
                 return self.shell.run(
                     command, timeout=timeout, stdin=stdin, env=env, cwd=cwd, user=user
                 )
-            except AgentError as error:  # no new shell can be started: the command has not begun
+            except (AgentError, NoShellError) as error:  # the command has not begun
                 self.no_shell = str(error)
         try:
             self.agent.ping(timeout=5)

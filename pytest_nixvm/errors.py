@@ -168,6 +168,10 @@ class ShellError(ChannelError):
         self.stderr = stderr
 
 
+class NoShellError(ShellError):
+    """No shell can be started on a virtio port: the command has not begun."""
+
+
 class SerialError(ChannelError):
     """The serial console is not what was expected (no prompt, log-in refused, closed)."""
 

@@ -18,6 +18,7 @@ from pytest_nixvm.errors import (
     GuestFaultError,
     MachineError,
     MachineGoneError,
+    NoShellError,
     QmpError,
     ShellError,
 )
@@ -102,16 +103,19 @@ class Shell:
         background, and `CommandTimeoutError` raised. What earlier commands have left is spared.
         The time that it takes to start a shell does not count.
 
-        Raises `ShellError` if there is no shell to be had (no bash in the guest, say), or if the
-        shell was ended while it ran the command; `AgentError` if the agent can't start one; with
-        `check` `CommandFailedError` for an exit status other than 0.
+        Raises `NoShellError` if there is no shell to be had (no bash in the guest, say);
+        `ShellError` if the shell was ended while it ran the command; `AgentError` if the agent
+        can't start one; with `check` `CommandFailedError` for an exit status other than 0.
         """
         began = time.monotonic()
         text = partial(_compose, command, env, cwd, user)
         text(None)  # a mistake of the caller's is found before anything is begun
         data = stdin.encode() if isinstance(stdin, str) else stdin
         out, err = Collected(stdout), Collected(stderr)
-        slot, deadline = self._take(command, timeout)
+        try:
+            slot, deadline = self._take(command, timeout)
+        except ShellError as error:
+            raise NoShellError(str(error)) from None
         try:
             try:
                 status = slot.run(text, data, out.write, err.write, deadline)

@@ -16,22 +16,15 @@ from pytest_nixvm.errors import (
     GuestRebootError,
     MachineGoneError,
     OutOfMemoryError,
+    ShellError,
 )
 from pytest_nixvm.guest import health
 
 
-@pytest.fixture(scope="module")
-def one(fleet_of):
-    """One VM for all of this module; `vm` starts it again when it is down."""
-    vm = fleet_of("example").start("dev-vm")
-    yield vm
-    vm.kill()
-
-
 @pytest.fixture
-def vm(one):
-    one.start()
-    return one
+def vm(fleet_of):
+    with fleet_of("example").start("dev-vm") as vm:
+        yield vm
 
 
 def soon(what):
@@ -149,6 +142,8 @@ def test_a_guest_that_hangs(vm, monkeypatch):
 def test_without_a_shell_commands_go_through_the_agent_then_over_ssh(vm):
     vm.ssh.run("true", check=True)
     vm.qmp.execute("device_del", {"id": "nixvm-shell.0-port"})
+    with pytest.raises(ShellError, match="was ended before the command was"):
+        vm.run("true")  # nobody can know whether it had begun
 
     assert vm.run("echo $((6 * 7))", check=True).channel == "agent"
     assert "no virtio ports" in vm.commands_note

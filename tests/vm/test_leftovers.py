@@ -39,13 +39,15 @@ def test_stays(vm, ssh, serial):
 
 
 class Session:
-    """A pytest in a process of its own, in an empty directory, with every place of its own."""
+    """A pytest in a process of its own, in an empty directory; with a cache of these tests'."""
 
-    def __init__(self, directory: Path, arguments: list[str], flake: Path) -> None:
+    def __init__(
+        self, directory: Path, arguments: list[str], flake: Path, cache: Path | None = None
+    ) -> None:
         self.directory = directory
         self.temporary = directory / "tmp"
         self.runtime = directory / "run"
-        self.cache = directory / "cache"
+        self.cache = cache or directory / "cache"
         for place in (self.temporary, self.runtime):
             place.mkdir(mode=0o700)
         (directory / "test_it.py").write_text(TEST_FILE)
@@ -129,11 +131,16 @@ def flake(flake_copy: Callable[[str], Path]) -> Path:
     return flake_copy("example")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def session(arguments: list[str], flake: Path) -> Iterator[Session]:
+def session(arguments: list[str], flake: Path, cache: Path) -> Iterator[Session]:
     # tmp_path is too deep for sockets
     with tempfile.TemporaryDirectory(prefix="left-") as directory:
-        session = Session(Path(directory), arguments, flake)
+        session = Session(Path(directory), arguments, flake, cache)
         yield session
         session.end()
 
@@ -166,7 +173,7 @@ def test_ctrl_c_twice(session):
 
 
 def test_killed_while_booting(session):
-    process = session.launch("-k", "passes")
+    process = session.launch("-k", "passes", "--nixvm-isolation=module")
     session.wait_until(lambda: any("qemu-system" in line for line in session.left()))
     process.kill()
     process.wait(30)

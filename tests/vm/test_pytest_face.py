@@ -82,8 +82,8 @@ def test_two_workers(run):
     output = run("-n", "2", "-m", "smoke")
 
     assert "4 passed" in output
-    assert "dev-vm (" in output
-    assert "test-vm (" in output
+    assert "dev-vm: 2 clones" in output
+    assert "test-vm: 2 clones" in output
 
 
 def test_without_the_plugin(run):
