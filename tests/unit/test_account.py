@@ -10,6 +10,7 @@ import pytest
 
 from pytest_nixvm.flake.build import Override
 from pytest_nixvm.fleet import Fleet
+from pytest_nixvm.guest import waking
 from pytest_nixvm.report import terminal
 from pytest_nixvm.report.account import Account
 from pytest_nixvm.run import Run
@@ -120,6 +121,17 @@ def test_why_a_machine_has_no_template() -> None:
         "the 9p share 'home' (mount it elsewhere)"
     )
     assert line in said.yellow
+
+
+def test_clones_that_may_draw_the_same_random_numbers_are_named_once() -> None:
+    template = SimpleNamespace(facts={"entropy": waking.NONE})
+    account = Account()
+    account.add(clone(0.2, template=template))
+    other = Account()
+    other.add(clone(0.2, template=template))
+    account.hear(other.told())
+    [line] = [line for line in shown(account).lines if "random" in line]
+    assert line.startswith("dev-vm: its clones may draw the same random numbers")
 
 
 def test_evaluation_and_build_are_told_with_the_first_vm_only() -> None:
