@@ -407,6 +407,8 @@ def _content(thing: object) -> str:
 def _source(function: Callable[..., object], seen: set[int]) -> str:
     seen.add(id(function))
     try:
+        if not Path(inspect.getsourcefile(function) or "").is_file():
+            raise OSError  # for a text that was given to `exec` some Pythons find another one
         text = inspect.getsource(function)
     except (OSError, TypeError):
         raise SettingsError(
