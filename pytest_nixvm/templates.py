@@ -406,15 +406,16 @@ def _content(thing: object) -> str:
 
 def _source(function: Callable[..., object], seen: set[int]) -> str:
     seen.add(id(function))
-    try:
-        if not Path(inspect.getsourcefile(function) or "").is_file():
-            raise OSError  # for a text that was given to `exec` some Pythons find another one
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
+    text = ""
+    with suppress(OSError, TypeError):
+        file = inspect.getsourcefile(function)
+        # For a text that was given to `exec` some Pythons find another one.
+        text = inspect.getsource(function) if file and Path(file).is_file() else ""
+    if not text:
         raise SettingsError(
             f"{function!r} has no source, so nobody can tell when it changes: a template's "
             "steps have to be functions of a file."
-        ) from None
+        )
     # Two functions that one function has made have the same source.
     given: list[object] = [getattr(function, "__defaults__", None)]
     given.append(getattr(function, "__kwdefaults__", None))
