@@ -94,6 +94,7 @@ def _machines(
     if lab.has_spares:
         figures += [
             _figure(them["spare"], 50, trip, "cont and an agent round trip"),
+            _figure(them["resting spare"], 50, trip, "the same"),
             _figure(
                 ways["spare"], None, trip + them["run"].median * 1e3, "the same, and a warm vm.run",
                 name="spare: start to the first vm.run",

@@ -46,7 +46,7 @@ class Lab:
 
     def make(self, template: Template | None = None) -> Machine:
         """Return a clone that is off."""
-        self.turn = self.fleet._clone(MACHINE, self.request, template or self.template)
+        self.turn = self.fleet._cloner(MACHINE, self.request)(template or self.template)
         return self.turn
 
     def current(self) -> Machine:
@@ -71,16 +71,24 @@ class Lab:
 
     def expect(self, users: tuple[str | None, ...] = ()) -> Want:
         """Have a spare made; it is ready when the `done` of what this returns is set."""
-        make = partial(self.fleet._clone, MACHINE, self.request, self.template)
+        make = partial(self.fleet._cloner(MACHINE, self.request), self.template)
         want = Want(self.template, make, users)
         self.spares.expect([want])
         return want
 
-    def spare(self, users: tuple[str | None, ...] = ()) -> None:
+    def spare(self, users: tuple[str | None, ...] = ()) -> Want:
         """Have a spare made, and wait until it is ready."""
         want = self.expect(users)
         if not want.done.wait(LONG) or want.machine is None:
             raise SystemExit("No spare could be made.")
+        return want
+
+    def resting_spare(self) -> None:
+        """Have a spare that nobody has taken for so long that it was paused."""
+        want = self.spare()
+        want.rests_at = None
+        assert want.machine is not None
+        want.machine.rest()
 
     # --- QEMU alone ----------------------------------------------------------------------------
 
@@ -157,6 +165,12 @@ def contenders(lab: Lab) -> dict[str, Contender]:
         found |= {
             "spare": Contender(
                 "spare: wait between two tests", lab.start, before=lab.spare, after=lab.end
+            ),
+            "resting spare": Contender(
+                "spare that was paused: wait between two tests",
+                lab.start,
+                before=lab.resting_spare,
+                after=lab.end,
             ),
             "spare's ssh": Contender(
                 "spare: ssh, first exec",
