@@ -306,7 +306,9 @@ def power_on(
             shutil.copyfile(template.directory / disk.overlay, overlay)
             disks[disk.path] = (str(overlay), "qcow2")
         with tarfile.open(template.directory / SCRATCH) as tar:
-            tar.extractall(spec.scratch, filter="data")
+            # Ours, and sealed; Python 3.11.3 and older have no filters.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(spec.scratch)  # noqa: S202
         if (template.directory / CONSOLE).exists():
             shutil.copyfile(template.directory / CONSOLE, spec.console_log)
         if template.has_ram:

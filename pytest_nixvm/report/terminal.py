@@ -46,6 +46,12 @@ def _accelerator(run: Run) -> str:
     return f"{text}; {TCG_COST}" if found.name == "tcg" else text
 
 
+def _short(seconds: float) -> str:
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "less than 1 ms"
+
+
 def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
     """Write one line for each VM that was booted, and one for each machine that was cloned."""
     account = run.account
@@ -71,7 +77,7 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
     for name, seconds in account.cloned.items():
         middle = statistics.median(seconds)
         clones = "1 clone" if len(seconds) == 1 else f"{len(seconds)} clones"
-        reporter.line(f"{name}: {clones}, ready after {middle:.2f} s (median)")
+        reporter.line(f"{name}: {clones}, ready after {_short(middle)} (median)")
     for name, reason in account.unfreezable.items():
         text = f"{name}: each test booted a VM of its own, for it can't be frozen: {reason}"
         reporter.line(text, yellow=True)

@@ -92,6 +92,14 @@ def test_clones_of_a_template_of_an_earlier_run() -> None:
     assert shown(account).lines[1] == "dev-vm: 1 clone, ready after 0.25 s (median)"
 
 
+def test_spares_are_told_in_milliseconds() -> None:
+    account = Account()
+    account.add(clone(0.052))
+    assert "dev-vm: 1 clone, ready after 52 ms (median)" in shown(account).lines
+    account.cloned["dev-vm"] = [0.0003]
+    assert "dev-vm: 1 clone, ready after less than 1 ms (median)" in shown(account).lines
+
+
 def test_a_clone_that_was_booted_once_more_has_both_lines() -> None:
     account = Account()
     account.add(clone(0.2, boots=[SimpleNamespace(seconds=5.0, failed_units=("a.service",))]))
