@@ -66,7 +66,8 @@ class Spares:
         with self._lock:
             if self._closed or not self.enabled:
                 return
-            missing = list(wants)[:MOST]
+            # While any process waits for memory, nobody keeps a VM that can be done without.
+            missing = [] if self._workshop.is_contended() else list(wants)[:MOST]
             for spare in list(self._spares):
                 match = next((want for want in missing if _serves(spare, want)), None)
                 if match is None:

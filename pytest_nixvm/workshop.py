@@ -134,6 +134,10 @@ class Workshop:
             self._reserved[machine] = found
         return True
 
+    def is_contended(self) -> bool:
+        """Whether any process waits for memory."""
+        return self._budget.contended()
+
     def started(self, machine: Machine) -> None:
         """Note that the QEMU of a machine runs: what it uses counts from now on."""
         reservation = self._reserved.get(machine)

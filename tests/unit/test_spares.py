@@ -56,6 +56,7 @@ class Factory:
         self.cleared: list[Machine] = []
         self.started_ones: list[Machine] = []
         self.memory = 100  # machines
+        self.contended = False
         self.trouble: Exception | None = None
         self.began = threading.Semaphore(0)  # a load each
         self.go = threading.Semaphore(10**6)  # loads that may go on
@@ -98,6 +99,9 @@ class Factory:
             return False
         self.memory -= 1
         return True
+
+    def is_contended(self) -> bool:
+        return self.contended
 
     def started(self, machine: Machine) -> None:
         self.started_ones.append(machine)
@@ -368,3 +372,17 @@ def test_one_that_nobody_takes_is_paused(
     with factory.changed:
         assert factory.changed.wait_for(lambda: factory.made and factory.made[0].rested, 10)
     assert take(spares, "a") is factory.made[0]
+
+
+def test_spares_end_while_another_process_waits_for_memory(
+    factory: Factory, spares: Spares
+) -> None:
+    ready = factory.want("a")
+    spares.expect([ready])
+    assert ready.done.wait(10)
+    factory.contended = True
+    spares.expect([factory.want("a")])
+    with factory.changed:
+        assert factory.changed.wait_for(lambda: factory.cleared == factory.made, 10)
+    assert len(factory.made) == 1
+    assert take(spares, "a") is None
