@@ -219,22 +219,6 @@ class Store:
             )
         return used
 
-    @contextlib.contextmanager
-    def build(
-        self,
-        key: str,
-        components: Mapping[str, Any],
-        timeout: float,
-        waiting: Callable[[], None] = lambda: None,
-    ) -> Iterator[Building | Entry]:
-        """Like `begin`; what is not sealed at the end is removed. Entries stay open."""
-        made = self.begin(key, components, timeout, waiting)
-        try:
-            yield made
-        finally:
-            if isinstance(made, Building):
-                made.abandon()
-
     # --- the whole ----------------------------------------------------------------------------
 
     def entries(self) -> list[Info]:

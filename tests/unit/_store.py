@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pytest_nixvm.store import Building, Entry, Store, key_of
@@ -23,6 +25,17 @@ def fill(directory: Path, size: int = 16 * MIB) -> None:
     (directory / "state").write_bytes(b"state" * 99)
     (directory / "disk-0").write_bytes(b"disk" * 5000)
     (directory / "console.log").write_text("")
+
+
+@contextmanager
+def begun(store: Store) -> Iterator[Building]:
+    """An entry that is being made; what is not sealed at the end is removed."""
+    building = store.begin(KEY, COMPONENTS, timeout=5)
+    assert isinstance(building, Building)
+    try:
+        yield building
+    finally:
+        building.abandon()
 
 
 def make(store: Store, components: dict[str, object] | None = None) -> str:

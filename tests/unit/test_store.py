@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _store import COMPONENTS, DATA, KEY, MIB, Process, fill, make
+from _store import COMPONENTS, DATA, KEY, MIB, Process, begun, fill, make
 
 from pytest_nixvm import store_files
 from pytest_nixvm.errors import MachineError, SettingsError
@@ -198,7 +198,7 @@ def test_what_is_still_written_to_is_not_sealed(store, monkeypatch):
         return result
 
     monkeypatch.setattr(store_files, "digest", written)
-    with store.build(KEY, COMPONENTS, timeout=5) as building:
+    with begun(store) as building:
         fill(building.directory)
         with pytest.raises(MachineError, match=r"console\.log: it is being written to"):
             building.seal(DATA)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _store import COMPONENTS, DATA, KEY, MIB, fill, make, opened
+from _store import COMPONENTS, DATA, KEY, MIB, begun, fill, make, opened
 
 from pytest_nixvm import store_files
 from pytest_nixvm.errors import SettingsError
@@ -53,7 +53,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_entry_comes_back_as_it_was_sealed(store):
     assert store.open(KEY, COMPONENTS) is None
     assert not store.directory.exists()
-    with store.build(KEY, COMPONENTS, timeout=5) as building:
+    with begun(store) as building:
         assert stat.S_IMODE(building.directory.stat().st_mode) == 0o700
         fill(building.directory)
         first = building.seal({**DATA, "pair": (1, 2)}, writable=frozenset({"ram"}))
@@ -68,7 +68,7 @@ def test_an_entry_comes_back_as_it_was_sealed(store):
 
 
 def test_what_is_not_sealed_goes(store):
-    with store.build(KEY, COMPONENTS, timeout=5) as building:
+    with begun(store) as building:
         fill(building.directory)
 
     assert not (store.directory / KEY).exists()
@@ -112,7 +112,7 @@ def test_a_copy_of_the_store_is_as_good(store, tmp_path):
 
 
 def test_a_gigabyte_of_holes_stays_one_and_is_not_read(store):
-    with store.build(KEY, COMPONENTS, timeout=5) as building:
+    with begun(store) as building:
         fill(building.directory, size=1024 * MIB)
         building.seal(DATA).close()
     path = store.directory / KEY / "ram"
