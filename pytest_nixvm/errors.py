@@ -49,6 +49,14 @@ class NotAVirtualMachineError(FlakeError):
     """The attribute exists, but its build has no `bin/run-*-vm`."""
 
 
+class ChangeError(UserError):
+    """The deployed generation and the candidate can't be compared; nothing was switched."""
+
+
+class NothingToTestError(ChangeError):
+    """Nothing is wrong, but this machine has no change to test: it is new, equal, or fixed."""
+
+
 class ScriptError(UserError):
     """A test script has a syntax error, or wants what only the NixOS test driver has."""
 
@@ -213,6 +221,18 @@ class CommandTimeoutError(CommandError):
 
 class WaitTimeoutError(MachineError):
     """A bounded wait ended without what it waited for; the message says what it saw instead."""
+
+
+class SwitchError(MachineError):
+    """A switch, a rollback or the reboot into it did not go well; `result` says all of it."""
+
+    def __init__(self, message: str, *, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class CheckFailedError(MachineError):
+    """A machine is not as it should be; the text says what, where from, and what to do."""
 
 
 class PollingConditionError(MachineError):

@@ -26,6 +26,20 @@ class MachineInfo:
 
 
 @dataclass(frozen=True)
+class Secret:
+    """A secret that the configuration expects at run time; its value is nowhere in here."""
+
+    name: str
+    path: str  # where the machine expects it
+    owner: str = "root"
+    group: str = "root"
+    mode: str = "0400"
+    provider: str = "hook"  # sops, age, or the hook `pytest_nixvm_secrets`
+    restart_units: tuple[str, ...] = ()  # what its module restarts when it changes
+    reload_units: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class VmBuild:
     """A machine's VM, built and safe from garbage collection."""
 
@@ -39,6 +53,10 @@ class VmBuild:
     freezable: bool  # whether it was built without shares, so that it can be frozen and cloned
     evaluated: float  # seconds spent evaluating, 0 if that was remembered
     built: float  # seconds spent building or fetching, 0 if it was there
+    boot_loader: bool = False  # whether it boots through the machine's own boot loader
+    carries: tuple[Path, ...] = ()  # toplevels that are in its store besides its own
+    network_options: str = ""  # for QEMU's user network, where the machine's address is static
+    secrets: tuple[Secret, ...] = ()  # what gets throwaway values when it boots
 
 
 # What nixpkgs' qemu-vm.nix replaces in every VM build, ours or `nixos-rebuild build-vm`, with
