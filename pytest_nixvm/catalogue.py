@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytest_nixvm.errors import BuildError, EvaluationError, SettingsError
-from pytest_nixvm.flake.build import MachineInfo, VmBuild
+from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, SettingsError
+from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
 from pytest_nixvm.output import Output
 from pytest_nixvm.progress import Progress, Silent
-from pytest_nixvm.settings import Settings
+from pytest_nixvm.settings import Generations, Settings
+
+if TYPE_CHECKING:
+    from pytest_nixvm.flake.declared import Declared
 
 
 class Catalogue:
@@ -35,9 +39,12 @@ class Catalogue:
         self.settings = settings
         self.progress: Progress = progress or Silent()
         self.unfreezable: dict[str, str] = {}  # machine -> why each test boots one of its own
+        # What a machine expects besides what sops-nix and agenix declare; for every generation.
+        self.more_secrets: Callable[[str], Sequence[Secret]] = lambda _: ()
         self._output = output
         self._known = None if known is None else tuple(known)
-        self._builds: dict[tuple[str, bool], VmBuild] = {}
+        self._flakes: dict[str, Flake] = {}
+        self._builds: dict[tuple[str, bool, bool, Generations | None], VmBuild] = {}
         self._lock = threading.RLock()
 
     @cached_property
@@ -67,15 +74,29 @@ class Catalogue:
                 "No flake to test: give --nixvm-flake=REF (--nixvm-flake=. is the one in this "
                 "directory), or nixvm_flake in the ini file."
             )
-        reference = FlakeReference.parse(self.settings.flake, Path.cwd())
-        return Flake(
-            reference,
-            nix=self.nix,
-            cache=self.settings.cache,
-            override_inputs=self.settings.override_input,
-            progress=self.progress,
-            logs=self.out.shared("nix"),
-        )
+        return self.flake_of(self.settings.flake)
+
+    def flake_of(self, text: str) -> Flake:
+        """Return the flake that a reference names, or a revision of the flake under test."""
+        with self._lock:
+            if text not in self._flakes:
+                if text == self.settings.flake:
+                    reference = FlakeReference.parse(text, Path.cwd())
+                else:
+                    from pytest_nixvm.flake.revision import base_reference
+
+                    reference = base_reference(text, self.flake.reference, Path.cwd())
+                self._flakes[text] = Flake(
+                    reference,
+                    nix=self.nix,
+                    cache=self.settings.cache,
+                    override_inputs=self.settings.override_input,
+                    progress=self.progress,
+                    logs=self.out.shared("nix"),
+                )
+            return self._flakes[text]
+
+    # --- machines --------------------------------------------------------------------------------
 
     @cached_property
     def every_machine(self) -> tuple[MachineInfo, ...]:
@@ -83,7 +104,7 @@ class Catalogue:
         return self._known if self._known is not None else self.flake.machines()
 
     @cached_property
-    def machines(self) -> tuple[MachineInfo, ...]:
+    def selected(self) -> tuple[MachineInfo, ...]:
         """The machines that --nixvm-machine selects, all if it is not given.
 
         Raises `SettingsError` for a glob that matches nothing.
@@ -103,20 +124,76 @@ class Catalogue:
             if not globs or any(fnmatch.fnmatchcase(machine.name, glob) for glob in globs)
         )
 
-    def build(self, name: str, *, freezable: bool = False) -> VmBuild:
-        """Build a machine's VM, once; `freezable` as `Flake.build` has it.
+    @cached_property
+    def unchanged(self) -> tuple[str, ...]:
+        """The selected machines that are the same as in --nixvm-changed=REF; none without it.
 
-        Raises `FlakeError` or one of its children.
+        Both are only evaluated. A machine that is not in REF, or can't be evaluated in either, is
+        not among them. Raises `ChangeError` for a revision that is none.
         """
-        with self._lock:
-            if (name, freezable) not in self._builds:
+        reference = self.settings.changed
+        if reference is None:
+            return ()
+        base = self.flake_of(reference)
+        there = {machine.name for machine in base.machines()}
+        same = []
+        for machine in self.selected:
+            if machine.skip is None and machine.name in there:
                 try:
-                    build = self.flake.build(name, freezable=freezable)
+                    system = self.flake.real_toplevel(machine.name)
+                    if system == base.real_toplevel(machine.name):
+                        same.append(machine.name)
+                except FlakeError:
+                    continue  # its tests will say what is wrong
+        return tuple(same)
+
+    @cached_property
+    def machines(self) -> tuple[MachineInfo, ...]:
+        """The machines that are tested: those that are selected, without `unchanged`."""
+        unchanged = self.unchanged
+        return tuple(machine for machine in self.selected if machine.name not in unchanged)
+
+    def declared(self, name: str) -> Declared:
+        """Return what a machine's configuration declares. Raises `FlakeError`."""
+        return self.flake.declared(name)
+
+    # --- builds ----------------------------------------------------------------------------------
+
+    def build(
+        self,
+        name: str,
+        *,
+        freezable: bool = False,
+        boot_loader: bool = False,
+        generations: Generations | None = None,
+    ) -> VmBuild:
+        """Build a machine's VM, once; `freezable` and `boot_loader` as `Flake.build` has them.
+
+        With `generations` it is that of the base, with the candidates in its store. Raises
+        `FlakeError` or one of its children, `ChangeError` where the two can't be compared.
+        """
+        key = (name, freezable, boot_loader, generations)
+        with self._lock:
+            if key not in self._builds:
+                try:
+                    build = self._build(name, freezable, boot_loader, generations)
                 except (EvaluationError, BuildError) as error:
                     if not freezable:
                         raise
                     # As it is, it may well be built; if not, that is what the user has to mend.
-                    build = self.build(name)
+                    build = self.build(name, boot_loader=boot_loader, generations=generations)
                     self.unfreezable[name] = f"it can't be built without shares: {error}"
-                self._builds[name, freezable] = build
-            return self._builds[name, freezable]
+                self._builds[key] = build
+            return self._builds[key]
+
+    def _build(
+        self, name: str, freezable: bool, boot_loader: bool, generations: Generations | None
+    ) -> VmBuild:
+        if generations is not None:
+            raise TypeError("a catalogue has one generation; Deployments has more")
+        more = {}  # TEMPORARY until Flake.build takes them
+        if boot_loader:
+            more["boot_loader"] = boot_loader
+        if self.more_secrets(name):
+            more["secrets"] = self.more_secrets(name)
+        return self.flake.build(name, freezable=freezable, **more)

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pytest_nixvm import keep
-from pytest_nixvm.catalogue import Catalogue
-from pytest_nixvm.errors import BootError, MachineGoneError, SettingsError
-from pytest_nixvm.flake.build import MachineInfo
+from pytest_nixvm.deployments import NO_BASE, Deployments
+from pytest_nixvm.errors import BootError, ChangeError, MachineGoneError, SettingsError
+from pytest_nixvm.flake.build import MachineInfo, VmBuild
 from pytest_nixvm.keep import Kept
 from pytest_nixvm.progress import Progress
-from pytest_nixvm.settings import NETWORKS, MachineRequest, Settings
+from pytest_nixvm.settings import NETWORKS, Generations, MachineRequest, Settings
 from pytest_nixvm.snapshots import Snapshot, check_prepare
 from pytest_nixvm.spares import Spares, Want
 from pytest_nixvm.store import Store
@@ -24,6 +24,7 @@ from pytest_nixvm.verbs.infra import MACHINES
 from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
+    from pytest_nixvm.change import Change
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.qemu.template import Template
 
@@ -41,13 +42,11 @@ class _Shared:
     """What tests must have in common to share a VM."""
 
     name: str
-    memory: int | None
-    cores: int | None
-    network: str
+    request: MachineRequest
     scope: str
 
 
-class Fleet(Catalogue):
+class Fleet(Deployments):
     """The machines of one flake, their builds and their running VMs.
 
         with Fleet(settings) as fleet:
@@ -95,7 +94,7 @@ class Fleet(Catalogue):
 
     def prepare(self, name: str, request: MachineRequest | None = None) -> None:
         """Do all that a start needs and that only the user can mend. Raises `UserError`."""
-        build = self.build(name, freezable=self._freezes(request or self._request()))
+        build = self._built(name, request or self._request())
         self._workshop.accelerator(build)
         _ = self._workshop.scratch, self._workshop.sockets
 
@@ -117,7 +116,11 @@ class Fleet(Catalogue):
         return self._fresh(name, self._request(memory, cores, network), shared=False)
 
     def _request(
-        self, memory: int | None = None, cores: int | None = None, network: str | None = None
+        self,
+        memory: int | None = None,
+        cores: int | None = None,
+        network: str | None = None,
+        boot_loader: bool | None = None,
     ) -> MachineRequest:
         settings = self.settings
         if network not in (None, *NETWORKS):
@@ -127,6 +130,7 @@ class Fleet(Catalogue):
             memory=memory or settings.memory,
             cores=cores or settings.cores,
             network="nat" if (network or settings.network) == "nat" else "isolated",
+            boot_loader=settings.boot_loader if boot_loader is None else boot_loader,
         )
 
     def acquire(self, name: str, request: MachineRequest, scope: str) -> Machine:
@@ -135,7 +139,7 @@ class Fleet(Catalogue):
         One that has ended is replaced. A machine that did not boot once is not tried again: its
         `BootError` is raised for every test.
         """
-        key = _Shared(name, request.memory, request.cores, request.network, scope)
+        key = _Shared(name, replace(request, user=None, isolation="test"), scope)
         with self._lock:
             machine = self._shared.get(key)
             if machine is not None and machine.is_up():
@@ -178,6 +182,14 @@ class Fleet(Catalogue):
                     wants.append(Want(template, partial(make, template), each.users))
             self._spares.expect(wants)
 
+    def _built(self, name: str, request: MachineRequest) -> VmBuild:
+        return self.build(
+            name,
+            freezable=self._freezes(request),
+            boot_loader=request.boot_loader,
+            generations=request.generations,
+        )
+
     def _freezes(self, request: MachineRequest) -> bool:
         # With another isolation the VM is the one that `nix run` starts, shares and all.
         return "test" in (self.settings.isolation, request.isolation)
@@ -191,14 +203,14 @@ class Fleet(Catalogue):
         if booted is not None and booted.is_up():
             self._hand_out(booted, shared)
             return booted
-        build = self.build(name, freezable=self._freezes(request))
+        build = self._built(name, request)
         return self._power(self._workshop.make(build, request), shared)
 
     def _template(self, name: str, request: MachineRequest) -> Template | None:
         key = (name, replace(request, user=None))
         with self._lock:
             if key not in self._template_of:
-                found = self._templates.of(self.build(name, freezable=True), request)
+                found = self._templates.of(self._built(name, request), request)
                 if isinstance(found, Unfreezable):
                     self.unfreezable.setdefault(name, found.reason)
                     if found.machine is not None:
@@ -210,7 +222,7 @@ class Fleet(Catalogue):
 
     def _cloner(self, name: str, request: MachineRequest) -> Callable[[Template], Machine]:
         # The build is looked up now: a spare is made while somebody who waits for it has our lock.
-        build = self.build(name, freezable=True)
+        build = self._built(name, request)
         return lambda template: self._workshop.make(build, request, template=template)
 
     def _wake(
@@ -229,9 +241,8 @@ class Fleet(Catalogue):
 
     def _to_start(self, name: str, request: MachineRequest) -> Machine:
         """Return a machine that is off, for somebody who is going to start it."""
-        freezes = self._freezes(request)
-        template = self._template(name, request) if freezes else None
-        build = self.build(name, freezable=freezes)
+        template = self._template(name, request) if self._freezes(request) else None
+        build = self._built(name, request)
         machine = self._workshop.make(build, request, template=template)
         self._hand_out(machine, shared=False)
         self._workshop.reserve(machine)
@@ -256,6 +267,51 @@ class Fleet(Catalogue):
                 self.end(machine)
             raise
         return machine
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    def change(
+        self,
+        name: str,
+        *,
+        base: str | None = None,
+        candidate: str | None = None,
+        beside: Sequence[str] = (),
+        memory: int | None = None,
+        cores: int | None = None,
+        network: str | None = None,
+        boot_loader: bool | None = None,
+    ) -> Change:
+        """Return a change of a machine: its deployed generation runs, the candidate is at hand.
+
+            change = nixvm.change("web", base="HEAD~1")     # to the flake as it is
+            change.switch()
+
+        `base` and `candidate` are flake references, or revisions of the flake under test, which is
+        the candidate if none is given; the base is then --nixvm-from's. `beside` are further
+        candidates: changes to any of these start from the same frozen machine. The machine lasts
+        until the session ends, or `change.vm` is used in a `with`.
+
+        Raises `ChangeError` if the two can't be compared, `NothingToTestError` if there is nothing
+        to switch, and as `start` does.
+        """
+        base = base or self.settings.from_
+        if base is None:
+            raise ChangeError(NO_BASE)
+        candidate = candidate or self.under_test
+        request = replace(
+            self._request(memory, cores, network, boot_loader),
+            generations=Generations.of(base, candidate, *beside),
+        )
+        return self.change_of(self._fresh(name, request, shared=False), request, candidate)
+
+    def change_of(self, machine: Machine, request: MachineRequest, candidate: str) -> Change:
+        """Return the change of a machine that runs the base of `request.generations`."""
+        from pytest_nixvm.change import Change
+
+        base = machine.build
+        new = self.candidate(machine.name, candidate, base, boot_loader=request.boot_loader)
+        return Change(machine, base, new, partial(self.difference, base, new))
 
     # --- snapshots -------------------------------------------------------------------------------
 
@@ -285,7 +341,7 @@ class Fleet(Catalogue):
         check_prepare(prepare)
         request = replace(self._request(memory, cores, network), isolation="test")
         title = title or getattr(prepare, "__name__", "prepared")
-        build = self.build(name, freezable=True)
+        build = self._built(name, request)
         with self._lock:
             found = self._templates.prepared(title, build, request, prepare, depends)
         if isinstance(found, Unfreezable):

@@ -117,6 +117,34 @@ OPTIONS = (
         f"the most that templates may take there (default: {DEFAULT_CACHE_SIZE}); the least "
         "recently used go first",
     ),
+    Option(
+        "from",
+        "REF",
+        "the deployed generation, for tests of the change to the flake as it is: HEAD~1, a branch, "
+        "or a flake reference",
+    ),
+    Option(
+        "check",
+        "",
+        "check every selected machine, without any test code: does it boot, …",
+        values=0,
+    ),
+    Option(
+        "check-off",
+        "MACHINE: CHECK: REASON",
+        "leave a check out, with a reason; MACHINE may be a glob",
+        repeat=True,
+    ),
+    Option("changed", "REF", "only machines whose system differs from that revision of the flake"),
+    Option(
+        "fidelity", "", "say for each machine what differs from the real one, and why", values=0
+    ),
+    Option(
+        "boot-loader",
+        "",
+        "boot through each machine's own boot loader, from a disk that has one",
+        values=0,
+    ),
     Option("offline", "", "let Nix download nothing", values=0),
 )
 
@@ -141,13 +169,21 @@ class Settings:
     cache: Path
     cache_size: int  # bytes
     offline: bool
+    from_: str | None
+    check: bool
+    check_off: tuple[str, ...]
+    changed: str | None
+    fidelity: bool
+    boot_loader: bool
 
     @classmethod
     def make(cls, **options: object) -> Settings:
         """Make settings from keyword arguments: the options' names, with underscores.
 
-        What is not given has the command line's default. Raises `SettingsError`.
+        What is not given has the command line's default. `from`, which is a word of Python's, may
+        be given as `from_`. Raises `SettingsError`.
         """
+        options = {name.removesuffix("_"): value for name, value in options.items()}
         names = {option.ini.removeprefix("nixvm_") for option in OPTIONS}
         for name in options:
             if name not in names:
@@ -189,23 +225,47 @@ class Settings:
             cache=reader.path("cache") or platformdirs.user_cache_path("pytest-nixvm"),
             cache_size=(reader.whole("cache-size") or DEFAULT_CACHE_SIZE) * 2**30,
             offline=reader.yes("offline"),
+            from_=reader.reference("from"),
+            check=reader.yes("check"),
+            check_off=tuple(reader.words("check-off")),
+            changed=reader.reference("changed"),
+            fidelity=reader.yes("fidelity"),
+            boot_loader=reader.yes("boot-loader"),
         )
 
 
 @dataclass(frozen=True)
+class Generations:
+    """Which generation runs, and which ones it may be switched to: flake references, absolute."""
+
+    base: str
+    candidates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, base: str, *candidates: str) -> Generations:
+        """Return the same value for the same candidates, in whatever order they are given."""
+        return cls(base, tuple(sorted(set(candidates))))
+
+
+@dataclass(frozen=True)
 class MachineRequest:
-    """What one test asks of its machine: the `nixvm` marker's arguments over the settings."""
+    """What one test asks of its machine: the `nixvm` marker's arguments over the settings.
+
+    `generations` is for tests of a change: the deployed generation runs, not the flake as it is.
+    """
 
     isolation: Isolation
     memory: int | None
     cores: int | None
     network: Network
     user: str | None = None
+    boot_loader: bool = False
+    generations: Generations | None = None
 
     @classmethod
     def read(cls, keywords: dict[str, object], settings: Settings, where: str) -> MachineRequest:
         """Check a marker's keyword arguments; `where` names the test. Raises `SettingsError`."""
-        known = ("isolation", "memory", "cores", "network", "user")
+        known = ("isolation", "memory", "cores", "network", "user", "boot_loader")
         for name in keywords:
             if name not in known:
                 raise SettingsError(
@@ -220,12 +280,16 @@ class MachineRequest:
         user = keywords.get("user")
         if user is not None and not isinstance(user, str):
             raise SettingsError(f"{place}user must be a user's name, not {user!r}.")
+        boot_loader = keywords.get("boot_loader", settings.boot_loader)
+        if not isinstance(boot_loader, bool):
+            raise SettingsError(f"{place}boot_loader must be True or False, not {boot_loader!r}.")
         return cls(
             isolation=cast(Isolation, _one_of(isolation, ISOLATIONS, place + "isolation")),
             memory=None if memory is None else _whole(memory, place + "memory"),
             cores=None if cores is None else _whole(cores, place + "cores"),
             network=cast(Network, _one_of(network, NETWORKS, place + "network")),
             user=user,
+            boot_loader=boot_loader,
         )
 
 

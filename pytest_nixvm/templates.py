@@ -319,6 +319,7 @@ class Templates:
             memory=request.memory,
             cores=request.cores,
             network=request.network,
+            network_options=build.network_options,
             ram=nowhere,
             arguments=("kept",) if self._workshop.settings.keep != "never" else (),
         )

@@ -91,6 +91,7 @@ class Workshop:
                 memory=request.memory,
                 cores=request.cores,
                 network=request.network,
+                network_options=build.network_options,
                 ram=ram,
                 arguments=keep.arguments(sockets) if self.settings.keep != "never" else (),
             ),

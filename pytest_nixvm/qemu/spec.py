@@ -115,6 +115,7 @@ class LaunchSpec:
     memory: int | None = None  # MiB, None = as configured
     cores: int | None = None
     network: Literal["isolated", "nat"] = "isolated"
+    network_options: str = ""  # for QEMU's user network: the addresses that the guest expects
     ram: Path | None = None  # a file that is the memory: the machine is to be frozen
     arguments: tuple[str, ...] = ()  # more arguments for QEMU, after ours
 
@@ -235,7 +236,9 @@ def environment(spec: LaunchSpec, script: str, guest: str) -> dict[str, str]:
         "NIX_SWTPM_DIR": str(spec.sockets / "tpm"),
         # The last console= is /dev/console, which is the screen where graphics are on.
         "QEMU_KERNEL_PARAMS": f"console={terminal}{number},115200n8",
-        "QEMU_NET_OPTS": "restrict=on" if spec.network == "isolated" else "",
+        "QEMU_NET_OPTS": ",".join(
+            filter(None, ("restrict=on" if spec.network == "isolated" else "", spec.network_options))
+        ),
     }
     # A machine without a root disk (`diskImage = null`) would have one made for it in vain.
     if "${NIX_DISK_IMAGE:-}" not in script:

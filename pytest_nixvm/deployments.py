@@ -1,0 +1,131 @@
+"""Two generations of a machine: the deployed one runs, and has the candidates in its store.
+
+Both are built through the same overlay, or a switch would see the overlay as part of the change
+(nixpkgs #346702).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_nixvm.catalogue import Catalogue
+from pytest_nixvm.errors import ChangeError, EvaluationError, NothingToTestError
+from pytest_nixvm.flake.build import VmBuild
+from pytest_nixvm.flake.flake import Flake
+from pytest_nixvm.settings import Generations
+
+if TYPE_CHECKING:
+    from pytest_nixvm.flake.difference import Difference
+
+NO_BASE = (
+    "Which generation is deployed? --nixvm-from=REF names it (nixvm_from in the ini file): HEAD~1, "
+    "a branch, or a flake reference such as git+file:.?ref=main or github:me/config/REVISION."
+)
+
+
+class Deployments(Catalogue):
+    """A catalogue that also builds deployed generations, and what they may be switched to."""
+
+    def generations(self) -> Generations | None:
+        """Return the generations of --nixvm-from, None if that is not given."""
+        base = self.settings.from_
+        return None if base is None else Generations.of(base, self.under_test)
+
+    @property
+    def under_test(self) -> str:
+        """The reference of the flake under test. Raises `SettingsError` if there is none."""
+        _ = self.flake
+        return str(self.settings.flake)
+
+    def _build(
+        self, name: str, freezable: bool, boot_loader: bool, generations: Generations | None
+    ) -> VmBuild:
+        if generations is None:
+            return super()._build(name, freezable, boot_loader, None)
+        secrets = self.more_secrets(name)
+        carries = []
+        for candidate in generations.candidates:
+            flake = self.flake_of(candidate)
+            other = self._name_in(flake, name)
+            _compare(flake, other, self._base(generations.base, name), name)
+            carries.append(
+                flake.toplevel(other, freezable=freezable, boot_loader=boot_loader, secrets=secrets)
+            )
+        base, there = self._base(generations.base, name)
+        return base.build(
+            there, freezable=freezable, boot_loader=boot_loader, carries=carries, secrets=secrets
+        )
+
+    def candidate(self, name: str, reference: str, base: VmBuild, *, boot_loader: bool) -> VmBuild:
+        """Build the VM of a candidate, from which the base can be switched back to.
+
+        Raises `NothingToTestError` if both are the same.
+        """
+        flake = self.flake_of(reference)
+        carries = () if base.toplevel is None else (base.toplevel,)
+        build = flake.build(
+            self._name_in(flake, name),
+            freezable=base.freezable,
+            boot_loader=boot_loader,
+            carries=carries,
+            secrets=self.more_secrets(name),
+        )
+        if build.toplevel == base.toplevel:
+            raise NothingToTestError(
+                f"{name} is the same in both generations: there is nothing to switch to "
+                f"({base.toplevel})."
+            )
+        return build
+
+    def difference(self, base: VmBuild, candidate: VmBuild) -> Difference:
+        """Return what differs between two builds' systems. Raises `EvaluationError`."""
+        raise NotImplementedError
+
+    def _base(self, reference: str, name: str) -> tuple[Flake, str]:
+        """Return the flake of the deployed generation, and the machine's name there."""
+        flake = self.flake_of(reference)
+        try:
+            machines = flake.machines()
+        except EvaluationError as error:
+            raise EvaluationError(f"The base {reference} can't be evaluated. {error}") from None
+        there = self._name_in(flake, name)
+        names = [machine.name for machine in machines]
+        if there in names:
+            return flake, there
+        if not {machine.name for machine in self.every_machine} & set(names):
+            raise ChangeError(
+                f"{reference} and {self.settings.flake} have no machine in common: "
+                f"{reference} has {', '.join(names)}. Is that the right flake? With another name "
+                f"for {name}: {reference}#NAME."
+            )
+        raise NothingToTestError(
+            f"{name} is new: {reference} has no such machine, so nothing is deployed that could "
+            f"be switched. (It has: {', '.join(names)}.)"
+        )
+
+    def _name_in(self, flake: Flake, name: str) -> str:
+        """Return what a machine is called in another flake: its name, or what stands behind #."""
+        attribute = flake.reference.attribute
+        if flake is self.flake or attribute in (None, "nixosConfigurations"):
+            return name
+        return flake.machines()[0].name
+
+
+def _compare(candidate: Flake, name: str, base: tuple[Flake, str], shown: str) -> None:
+    """Raise `ChangeError` where one can't be switched to the other."""
+    flake, there = base
+    systems = [
+        next((m.system for m in each.machines() if m.name == called), "")
+        for each, called in ((flake, there), (candidate, name))
+    ]
+    if all(systems) and systems[0] != systems[1]:
+        raise ChangeError(
+            f"{shown} is for {systems[0]} in {flake.reference} and for {systems[1]} in "
+            f"{candidate.reference}: a machine can't be switched to another architecture."
+        )
+    for each, called, role in ((flake, there, "deployed"), (candidate, name, "candidate")):
+        if not each.declared(called).switchable:
+            raise NothingToTestError(
+                f"{shown} can't be switched: system.switch.enable is false in the {role} "
+                f"generation ({each.reference})."
+            )
