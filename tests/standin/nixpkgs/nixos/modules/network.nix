@@ -12,7 +12,13 @@ let
     allowedTCPPortRanges = ranges;
     allowedUDPPortRanges = ranges;
   };
-  address = { address = mkOption { type = types.str; }; prefixLength = mkOption { type = types.ints.between 0 32; }; };
+  addresses = longest: mkOption {
+    type = types.listOf (types.submodule { options = {
+      address = mkOption { type = types.str; };
+      prefixLength = mkOption { type = types.ints.between 0 longest; };
+    }; });
+    default = [ ];
+  };
   open = prefix: f:
     let rule = proto: single: range:
       let all = map toString single ++ map (r: "${toString r.from}-${toString r.to}") range;
@@ -40,10 +46,15 @@ let
       }
     }
   '';
-  addresses = lib.filter (i: i.addresses != [ ]) (lib.mapAttrsToList (name: i: {
-    inherit name;
-    inherit (i.ipv4) addresses;
-  }) cfg.interfaces);
+  interfaces = lib.mapAttrsToList (name: i: i // { inherit name; }) cfg.interfaces;
+  static = lib.filter (i: i.ipv4.addresses ++ i.ipv6.addresses != [ ]) interfaces;
+  # Which interfaces ask for an address: with `useDHCP` all but those that have one, else those that are said to.
+  noDHCP = lib.filter (i: if i.useDHCP != null then !i.useDHCP else i.ipv4.addresses != [ ]) interfaces;
+  withDHCP = lib.filter (i: i.useDHCP == true) interfaces;
+  namesOf = lib.concatMapStringsSep " " (i: i.name);
+  gateway = if lib.isString cfg.defaultGateway then { address = cfg.defaultGateway; } else cfg.defaultGateway;
+  # A name in the name of a unit.
+  escaped = lib.replaceStrings [ "-" ] [ "\\x2d" ];
 in {
   options.networking = {
     hostName = mkOption {
@@ -70,8 +81,11 @@ in {
     interfaces = mkOption {
       default = { };
       type = types.attrsOf (types.submodule {
-        options.useDHCP = mkOption { type = types.nullOr types.bool; default = null; };
-        options.ipv4.addresses = mkOption { type = types.listOf (types.submodule { options = address; }); default = [ ]; };
+        options = {
+          useDHCP = mkOption { type = types.nullOr types.bool; default = null; };
+          ipv4.addresses = addresses 32;
+          ipv6.addresses = addresses 128;
+        };
       });
     };
     networkmanager.enable = mkEnableOption "NetworkManager";
@@ -113,44 +127,74 @@ in {
         protocols: files
       '';
     };
-    systemd.services.dhcpcd = mkIf (cfg.useDHCP || lib.any (i: i.useDHCP == true) (lib.attrValues cfg.interfaces)) {
-      description = "DHCP Client";
-      wantedBy = [ "multi-user.target" ];
-      wants = [ "network.target" ];
-      before = [ "network-online.target" ];
-      after = [ "systemd-modules-load.service" ];
-      unitConfig.ConditionPathExists = "/sys/class/net/eth0";
-      # busybox's client, under the name of NixOS's: one process, and in the background once it has an address.
-      serviceConfig = {
-        Type = "forking";
-        ExecStart = "/bin/busybox udhcpc -i eth0 -b -S -T 1 -t 10 -s ${./udhcpc.sh}";
-        Restart = "on-failure";
+    systemd.services = lib.listToAttrs (map (i: {
+      name = "network-addresses-${i.name}";
+      value = rec {
+        description = "Address configuration of ${i.name}";
+        wantedBy = [ "network-setup.service" "network.target" ];
+        before = wantedBy;
+        # The name is there when udev has given it.
+        bindsTo = [ "sys-subsystem-net-devices-${escaped i.name}.device" ];
+        after = bindsTo ++ [ "network-pre.target" ];
+        stopIfChanged = false;
+        path = [ pkgs.iproute2 ];
+        serviceConfig = { Type = "oneshot"; RemainAfterExit = true; };
+        script = lib.concatMapStrings (a: ''
+          ip addr replace ${a.address}/${toString a.prefixLength} dev ${i.name}
+        '') (i.ipv4.addresses ++ i.ipv6.addresses) + "ip link set ${i.name} up\n";
+        preStop = lib.concatMapStrings (a: ''
+          ip addr del ${a.address}/${toString a.prefixLength} dev ${i.name} || true
+        '') (i.ipv4.addresses ++ i.ipv6.addresses);
       };
-    };
-    systemd.services.network-setup = mkIf (addresses != [ ]) {
-      description = "Networking Setup";
-      wantedBy = [ "multi-user.target" ];
-      before = [ "network.target" ];
-      path = [ pkgs.iproute2 ];
-      serviceConfig = { Type = "oneshot"; RemainAfterExit = true; };
-      script = lib.concatMapStrings (i: lib.concatMapStrings (a: ''
-        ip addr replace ${a.address}/${toString a.prefixLength} dev ${i.name}
-      '') i.addresses + "ip link set ${i.name} up\n") addresses;
-    };
-    systemd.services.firewall = mkIf fw.enable {
-      description = "Firewall";
-      wantedBy = [ "sysinit.target" ];
-      wants = [ "network-pre.target" ];
-      before = [ "network-pre.target" "shutdown.target" ];
-      after = [ "systemd-modules-load.service" ];
-      conflicts = [ "shutdown.target" ];
-      unitConfig.DefaultDependencies = false;
-      serviceConfig = {
-        Type = "oneshot";
-        RemainAfterExit = true;
-        ExecStart = "/usr/sbin/nft -f ${ruleset}";
-        ExecReload = "/usr/sbin/nft -f ${ruleset}";
-        ExecStop = "/usr/sbin/nft delete table inet nixos-fw";
+    }) static) // {
+      dhcpcd = mkIf (cfg.useDHCP || withDHCP != [ ]) {
+        description = "DHCP Client";
+        wantedBy = [ "multi-user.target" ];
+        wants = [ "network.target" ];
+        before = [ "network-online.target" ];
+        after = [ "systemd-modules-load.service" ];
+        unitConfig.ConditionPathExistsGlob = "/sys/class/net/*/device";
+        environment = {
+          NEVER = namesOf noDHCP;
+          WANTED = if cfg.useDHCP then "" else namesOf withDHCP;
+        };
+        # busybox's client, under the name of NixOS's: one process, and in the background once it has an address.
+        serviceConfig = {
+          Type = "forking";
+          ExecStart = "/bin/busybox sh ${./network-dhcp.sh} ${./udhcpc.sh}";
+          Restart = "on-failure";
+        };
+      };
+      network-setup = mkIf (gateway != null || cfg.nameservers != [ ] || static != [ ]) {
+        description = "Networking Setup";
+        wantedBy = [ "network.target" "multi-user.target" ];
+        before = [ "network.target" ];
+        after = [ "network-pre.target" ];
+        stopIfChanged = false;
+        path = [ pkgs.iproute2 ];
+        serviceConfig = { Type = "oneshot"; RemainAfterExit = true; };
+        script = lib.optionalString (gateway != null) ''
+          ip route replace default via ${gateway.address} ${
+            lib.optionalString (gateway.interface or null != null) "dev ${gateway.interface}"}
+        '' + lib.optionalString (cfg.nameservers != [ ]) ''
+          for server in ${toString cfg.nameservers}; do echo "nameserver $server"; done > /etc/resolv.conf
+        '';
+      };
+      firewall = mkIf fw.enable {
+        description = "Firewall";
+        wantedBy = [ "sysinit.target" ];
+        wants = [ "network-pre.target" ];
+        before = [ "network-pre.target" "shutdown.target" ];
+        after = [ "systemd-modules-load.service" ];
+        conflicts = [ "shutdown.target" ];
+        unitConfig.DefaultDependencies = false;
+        serviceConfig = {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          ExecStart = "/usr/sbin/nft -f ${ruleset}";
+          ExecReload = "/usr/sbin/nft -f ${ruleset}";
+          ExecStop = "/usr/sbin/nft delete table inet nixos-fw";
+        };
       };
     };
   };
