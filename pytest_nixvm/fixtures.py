@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nixvm.errors import NixvmError, SettingsError
-from pytest_nixvm.run import RUN, TEMPLATE_OF, fail, marked_machines
+from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError
+from pytest_nixvm.items import TEMPLATE_OF, marked_machines
+from pytest_nixvm.run import RUN, fail
 from pytest_nixvm.snapshots import check_prepare
 
 if TYPE_CHECKING:
+    from pytest_nixvm.change import Change
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.guest.agent import Agent
     from pytest_nixvm.guest.serial import Serial
@@ -97,6 +99,21 @@ def template(
 def vm(request: pytest.FixtureRequest, nixvm_machine: str) -> Machine:
     """The test's machine: booted, ready, shared with others as the isolation says."""
     return _acquire(request, nixvm_machine)
+
+
+@pytest.fixture
+def change(request: pytest.FixtureRequest, nixvm_machine: str) -> Change:
+    """A change of the test's machine: the generation that --nixvm-from names runs.
+
+    The candidate is the flake as it is. The machine is the test's own. Without --nixvm-from, and
+    where both are the same, the test is skipped with that reason.
+    """
+    try:
+        return request.config.stash[RUN].change(request.node, nixvm_machine)
+    except NothingToTestError as error:
+        pytest.skip(str(error))
+    except NixvmError as error:
+        fail(error)
 
 
 @pytest.fixture

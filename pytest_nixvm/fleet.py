@@ -94,7 +94,11 @@ class Fleet(Deployments):
 
     def prepare(self, name: str, request: MachineRequest | None = None) -> None:
         """Do all that a start needs and that only the user can mend. Raises `UserError`."""
-        build = self._built(name, request or self._request())
+        request = request or self._request()
+        build = self._built(name, request)
+        if request.generations is not None:
+            for candidate in request.generations.candidates:
+                self.candidate(name, candidate, build, boot_loader=request.boot_loader)
         self._workshop.accelerator(build)
         _ = self._workshop.scratch, self._workshop.sockets
 

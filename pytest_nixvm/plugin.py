@@ -16,6 +16,7 @@ import pytest
 from pytest_nixvm.errors import UserError
 from pytest_nixvm.fixtures import (
     agent,
+    change,
     machines,
     nixvm,
     nixvm_machine,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "agent",
+    "change",
     "machines",
     "nixvm",
     "nixvm_machine",
@@ -47,9 +49,9 @@ __all__ = [
 ]
 
 MARKER = (
-    "nixvm(*machines, isolation=None, memory=None, cores=None, network=None, user=None): run the "
-    "test on these machines of the flake, each in a VM with these properties (memory in MiB); "
-    "user is who the ssh fixture logs in as."
+    "nixvm(*machines, isolation=None, memory=None, cores=None, network=None, boot_loader=None, "
+    "user=None): run the test on these machines of the flake, each in a VM with these properties "
+    "(memory in MiB); user is who the ssh fixture logs in as."
 )
 
 
@@ -111,6 +113,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is tested and how the guests will run."""
     return terminal.header(config.stash[RUN])
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Say which machines are not tested because they are unchanged."""
+    return terminal.left_out(config.stash[RUN])
 
 
 # --- collection ----------------------------------------------------------------------------------
@@ -187,6 +194,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End every VM; a worker tells the controller what it booted."""
     run = session.config.stash[RUN]
     run.close()
+    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.nothing_changed:
+        session.exitstatus = pytest.ExitCode.OK
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["nixvm"] = run.told()

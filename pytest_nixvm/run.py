@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import pytest
 
-from pytest_nixvm.errors import NixvmError, SettingsError, UserError
+from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, UserError
+from pytest_nixvm.items import (
+    PARAMETER,
+    Mistake,
+    item_machines,
+    marked_machines,
+    module_of,
+    prepared_machines,
+    scope,
+)
 from pytest_nixvm.progress import Deferred, Progress, Silent
 from pytest_nixvm.report.account import Account
 from pytest_nixvm.report.cases import Case
@@ -24,6 +33,7 @@ from pytest_nixvm.report.timeline import Recorded, Timeline
 from pytest_nixvm.settings import MachineRequest, Settings
 
 if TYPE_CHECKING:
+    from pytest_nixvm.change import Change
     from pytest_nixvm.flake.build import MachineInfo
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.machine import Machine
@@ -31,10 +41,6 @@ if TYPE_CHECKING:
 
 # The rooms below are imported when a test needs them: a pytest run without VMs, in whose process
 # this plugin is as well, should not pay for SSH and QMP.
-
-PARAMETER = "nixvm_machine"
-TEMPLATE_OF = "nixvm_template_of"
-"""What a fixture of `template` is marked with: its machine's name."""
 
 
 class Run:
@@ -111,6 +117,8 @@ class Run:
             output=Path(told["output"]) if told else None,
             known=[MachineInfo(**machine) for machine in told["machines"]] if told else None,
         )
+        if told:
+            fleet.unchanged = tuple(told["unchanged"])
         fleet.on_start = self._started
         fleet.on_end = self._ended
         return fleet
@@ -140,7 +148,8 @@ class Run:
         if not self._problems:
             try:
                 every = {machine.name: machine for machine in self.fleet.every_machine}
-                names = names or [machine.name for machine in self.fleet.machines]
+                # Those that are unchanged as well: `is_selected` leaves them out, and it is said.
+                names = names or [machine.name for machine in self.fleet.selected]
             except UserError as error:
                 self._problems.append(str(error))
         parameters = []
@@ -151,12 +160,16 @@ class Run:
         metafunc.parametrize(PARAMETER, parameters, indirect=True, scope="session")
 
     def is_selected(self, item: pytest.Item) -> bool:
-        """Whether --nixvm-machine selects a test that names its machines."""
+        """Whether --nixvm-machine and --nixvm-changed select a test, by its machines."""
         names = item_machines(item)
-        if not names or self._problems or not self.settings.machine:
+        if not names or self._problems or not (self.settings.machine or self.settings.changed):
             return True
-        every = {machine.name for machine in self.fleet.every_machine}
-        selected = {machine.name for machine in self.fleet.machines}
+        try:
+            every = {machine.name for machine in self.fleet.every_machine}
+            selected = {machine.name for machine in self.fleet.machines}
+        except UserError as error:
+            self._problems.append(str(error))
+            return True
         # A name that nobody knows is not left out: `check` says that it is wrong.
         return selected.issuperset(names) or every.isdisjoint(names)
 
@@ -200,6 +213,11 @@ class Run:
             keywords.update(marker.kwargs)
         return MachineRequest.read(keywords, self.settings, item.nodeid)
 
+    @property
+    def nothing_changed(self) -> bool:
+        """Whether tests were left out because their machines are the same as in --nixvm-changed."""
+        return "fleet" in self.__dict__ and bool(self.fleet.__dict__.get("unchanged"))
+
     # --- before the tests ------------------------------------------------------------------------
 
     def prepare(self, items: Sequence[pytest.Item]) -> None:
@@ -208,12 +226,23 @@ class Run:
             return
         self._prepare(
             dict.fromkeys(
-                (name, replace(self.request(item), user=None))
+                (name, request)
                 for item in items
                 if item.get_closest_marker("skip") is None
+                for request in self._requests(item)
                 for name in item_machines(item)
             )
         )
+
+    def _requests(self, item: pytest.Item) -> list[MachineRequest]:
+        """Return what a test asks of each of its machines: as it is, or as it is deployed."""
+        request = replace(self.request(item), user=None)
+        names = getattr(item, "fixturenames", ())
+        if "change" not in names:
+            return [request]
+        plain = [request] if {"vm", "machines"} & set(names) else []
+        generations = self.fleet.generations()
+        return plain + ([replace(request, generations=generations)] if generations else [])
 
     def prepare_ids(self, ids: Iterable[str]) -> None:
         """Build what the tests of these node ids need: a controller has no more than ids.
@@ -227,7 +256,9 @@ class Run:
             return
         testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
         self._prepare(
-            (name, None) for name in testable if re.search(rf"[\[+-]{re.escape(name)}[\]+-]", text)
+            (name, None)
+            for name in testable
+            if re.search(rf"([\[+-]|::){re.escape(name)}([\]+-]|::)", text)
         )
 
     def _prepare(self, needed: Iterable[tuple[str, MachineRequest | None]]) -> None:
@@ -235,7 +266,8 @@ class Run:
             for name, request in needed:
                 if (name, request) not in self._prepared:
                     self._prepared.add((name, request))
-                    self.fleet.prepare(name, request)
+                    with suppress(NothingToTestError):  # its tests are skipped, with the reason
+                        self.fleet.prepare(name, request)
         except UserError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -247,6 +279,21 @@ class Run:
         machine = self.fleet.acquire(name, request, scope(item, request))
         self.used(item, machine, fresh=False)
         return machine
+
+    def change(self, item: pytest.Item, name: str) -> Change:
+        """Return a change of the test's own, from the generation that --nixvm-from names.
+
+        Raises `NothingToTestError` where there is none.
+        """
+        from pytest_nixvm.deployments import NO_BASE
+
+        generations = self.fleet.generations() if self.settings.from_ else None
+        if generations is None:
+            raise NothingToTestError(NO_BASE)
+        request = replace(self.request(item), generations=generations)
+        machine = self.fleet.acquire(name, request, item.nodeid)
+        self.used(item, machine, fresh=False)
+        return self.fleet.change_of(machine, request, self.fleet.under_test)
 
     def begin(self, item: pytest.Item, following: pytest.Item | None) -> None:
         """Note that a test begins, with the VMs that tests have started by themselves."""
@@ -267,10 +314,11 @@ class Run:
         with suppress(SettingsError):
             request = self.request(following)
             users = (request.user,) if "ssh" in names else ()
-            if request.isolation == "test" and {"vm", "machines"} & set(names):
+            if request.isolation == "test" and {"vm", "machines", "change"} & set(names):
                 prepared = prepared_machines(following)
                 wanted += [
-                    Wanted((machine, request), users)
+                    Wanted((machine, replace(each, user=request.user)), users)
+                    for each in self._requests(following)
                     for machine in item_machines(following)
                     if machine not in prepared
                 ]
@@ -365,10 +413,15 @@ class Run:
             return None
         try:
             machines = [asdict(machine) for machine in self.fleet.every_machine]
+            unchanged = self.fleet.unchanged
             _ = self.fleet.machines
         except UserError as error:
             raise pytest.UsageError(str(error)) from error
-        return {"machines": machines, "output": str(self.fleet.output)}
+        return {
+            "machines": machines,
+            "unchanged": unchanged,
+            "output": str(self.fleet.output),
+        }
 
     def told(self) -> dict[str, Any]:
         """Return what a worker tells the controller at its end."""
@@ -382,65 +435,6 @@ class Run:
 
 
 RUN = pytest.StashKey[Run]()
-
-
-class Mistake(pytest.Item):
-    """What a worker found wrong while collecting, told to the controller in place of its tests.
-
-    Only node ids reach the controller before the first test runs.
-    """
-
-    PREFIX = "nixvm mistake: "
-
-    def __init__(self, *, name: str, parent: pytest.Session) -> None:
-        super().__init__(name, parent, nodeid=self.PREFIX + name)
-
-    def runtest(self) -> None:
-        """Never get here: the controller ends the run."""
-        raise pytest.UsageError(self.name)
-
-
-def marked_machines(node: pytest.Item) -> list[str]:
-    """Return the machines that the closest nixvm marker with names names."""
-    for marker in node.iter_markers("nixvm"):
-        if marker.args:
-            return [str(name) for name in marker.args]
-    return []
-
-
-def item_machines(item: pytest.Item) -> list[str]:
-    """Return the machines that a test will run on: its parameter, or those of its fixtures."""
-    prepared = prepared_machines(item)
-    callspec = getattr(item, "callspec", None)
-    if callspec is not None and PARAMETER in callspec.params:
-        return [callspec.params[PARAMETER], *prepared]
-    if "machines" in getattr(item, "fixturenames", ()):
-        return [*marked_machines(item), *prepared]
-    return prepared
-
-
-def prepared_machines(item: pytest.Item) -> list[str]:
-    """Return the machines that fixtures of `template` prepare for a test, where they are named."""
-    info = getattr(item, "_fixtureinfo", None)
-    found = []
-    for definitions in getattr(info, "name2fixturedefs", {}).values():
-        name = getattr(definitions[-1].func, TEMPLATE_OF, None)
-        if name is not None:
-            found.append(str(name))
-    return found
-
-
-def module_of(item: pytest.Item) -> str:
-    """Return the node id of a test's module."""
-    module = item.getparent(pytest.Module)
-    return item.nodeid if module is None else module.nodeid
-
-
-def scope(item: pytest.Item, request: MachineRequest) -> str:
-    """Return the name under which tests share a VM."""
-    if request.isolation == "test":
-        return item.nodeid
-    return module_of(item) if request.isolation == "module" else "session"
 
 
 def fail(error: NixvmError) -> NoReturn:

@@ -25,10 +25,21 @@ def header(run: Run) -> list[str]:
     if settings.flake is None or run.is_worker:
         return []
     lines = [f"nixvm: flake {settings.flake}, isolation {settings.isolation}"]
+    if settings.from_ is not None:
+        lines.append(f"nixvm: deployed generation {settings.from_}")
     lines.append(f"nixvm: accelerator {_accelerator(run)}")
     with contextlib.suppress(UserError):  # said as a usage error as soon as a test needs it
         lines += [f"nixvm: {note}" for note in run.fleet.nix.notes]
     return lines
+
+
+def left_out(run: Run) -> list[str]:
+    """Return what is said behind the number of collected tests: the machines that are unchanged."""
+    unchanged = run.fleet.unchanged if run.nothing_changed else ()
+    if not unchanged or run.is_worker:
+        return []
+    names = ", ".join(unchanged)
+    return [f"nixvm: unchanged since {run.settings.changed}, left out: {names}"]
 
 
 def _accelerator(run: Run) -> str:
