@@ -38,7 +38,7 @@ def _words(option: Option, value: object, settings: Settings) -> list[str]:
     if option.values == 0:
         return [option.flag]
     name = option.ini.removeprefix("nixvm_")
-    absolute = getattr(settings, name)
+    absolute = getattr(settings, "from_" if name == "from" else name)
     if option.values == 2:
         return [word for pair in absolute for word in (option.flag, *pair)]
     if option.repeat:
