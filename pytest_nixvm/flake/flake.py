@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError
 from pytest_nixvm.flake import explain
-from pytest_nixvm.flake.build import MachineInfo, Override, VmBuild
+from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
 from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
+from pytest_nixvm.flake.variant import Variant, let_go, secrets_of
 from pytest_nixvm.flake.words import listed, near, nix_list, nix_value
 from pytest_nixvm.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from pytest_nixvm.flake.declared import Declared
 
 __all__ = ["Flake", "MachineInfo", "VmBuild"]
 
@@ -84,12 +86,23 @@ class Flake:
                 self._machines = (self._named(attribute),)
         return self._machines
 
-    def build(self, name: str, *, freezable: bool = False) -> VmBuild:
+    def build(
+        self,
+        name: str,
+        *,
+        freezable: bool = False,
+        boot_loader: bool = False,
+        carries: Sequence[Path] = (),
+        secrets: Sequence[Secret] = (),
+    ) -> VmBuild:
         """Evaluate and build a machine's VM, or find that this was done before.
 
         With `freezable` it is built without shares, and its store is an image: so a running
-        machine can be frozen and cloned. `overrides` of the result say what that changes. A bare
-        derivation stays as it is, and `freezable` of its result is False.
+        machine can be frozen and cloned. With `boot_loader` it boots through its own boot loader
+        from a disk image. `carries` are systems (see `toplevel`) that are in its store besides its
+        own, to switch to. `secrets` are given throwaway values when it boots, besides those that
+        sops-nix and agenix are configured with. `overrides` of the result say what that changes in
+        the system. A bare derivation stays as it is, and its result says so.
 
         Sessions and xdist workers that want the same machine at the same time share the work.
 
@@ -100,20 +113,70 @@ class Flake:
             NotAVirtualMachineError: what was built is no VM.
         """
         info = self._info(name)
-        memory = self._evaluator.memory()
-        question = f"{'freezable ' if freezable else ''}plan {info.attribute}"
-        root = self._root(info, freezable)
-        plan = memory.recall(question)
-        if plan is not None and _is_built(plan, root):
-            return self._result(info, plan, 0.0, 0.0)
-        lock = f"build-{memory.name(question)}"
-        with self._cache.lock(lock, self._progress, timeout=self._build_timeout):
-            plan, evaluated = self._plan(info, question, freezable)
-            if not _can_realise(plan):  # remembered, but the store was cleaned since
-                memory.forget(question)
-                plan, evaluated = self._plan(info, question, freezable)
-            built = 0.0 if _is_built(plan, root) else self._realise(info, plan, root)
+        variant = Variant(freezable, boot_loader, _toplevels(carries), tuple(secrets))
+        plan, evaluated, built = self._made(info, variant)
         return self._result(info, plan, evaluated, built)
+
+    def toplevel(
+        self,
+        name: str,
+        *,
+        freezable: bool = False,
+        boot_loader: bool = False,
+        secrets: Sequence[Secret] = (),
+    ) -> Path:
+        """Evaluate and build the system that the VM of `build` runs, without the VM.
+
+        Raises as `build` does.
+        """
+        info = self._info(name)
+        variant = Variant(freezable, boot_loader, (), tuple(secrets))
+        plan, _, _ = self._made(info, variant, "toplevel")
+        if plan["toplevel"] is not None:
+            return Path(plan["toplevel"]["output"])
+        toplevel = self._result(info, plan, 0.0, 0.0).toplevel  # a bare derivation's
+        if toplevel is None:
+            raise NotAVirtualMachineError(
+                f"{info.attribute} of {self._evaluator.what} has no link to its system: which one "
+                "it runs can't be told."
+            )
+        return toplevel
+
+    def real_toplevel(self, name: str) -> str:
+        """Return the path of the system that the real machine runs, without building it.
+
+        Raises:
+            FlakeError, EvaluationError: as `build` does.
+            NotAVirtualMachineError: it is no NixOS configuration.
+        """
+        info = self._info(name)
+        output = self._ask(info, "toplevelOf")["output"]
+        if output is None:
+            raise NotAVirtualMachineError(
+                f"{info.attribute} of {self._evaluator.what} is no NixOS configuration: it has no "
+                "config.system.build.toplevel."
+            )
+        return str(output)
+
+    def declared(self, name: str) -> Declared:
+        """Return what the configuration says of the machine. Evaluates, builds nothing.
+
+        Raises:
+            FlakeError, EvaluationError: as `build` does.
+        """
+        from pytest_nixvm.flake.declared import Declared
+
+        return Declared.from_json(self._ask(self._info(name), "declared"))
+
+    def options(self, name: str) -> dict[str, str]:
+        """Return the options that the flake's own modules define, with their values as text.
+
+        Members of a set are told one by one: `users.users.alice.shell`. Passwords are not shown.
+
+        Raises:
+            FlakeError, EvaluationError: as `build` does.
+        """
+        return self._ask(self._info(name), "options")
 
     # --- machines ----------------------------------------------------------------------------
 
@@ -210,13 +273,50 @@ class Flake:
 
     # --- builds ------------------------------------------------------------------------------
 
+    def _made(
+        self, info: MachineInfo, variant: Variant, part: str | None = None
+    ) -> tuple[dict[str, Any], float, float]:
+        """Plan and realise a machine's VM, or only `part` of it; return the seconds that took."""
+        memory = self._evaluator.memory()
+        question = variant.question(info.attribute)
+        overrides = self._evaluator.overrides
+        place = (self._cache, info.name, self.reference.url, info.attribute, overrides)
+        root = variant.root(*place, part)
+
+        def wanted(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+            return plan if part is None or plan.get(part) is None else plan[part]
+
+        plan = memory.recall(question)
+        if plan is not None and _is_built(wanted(plan), root):
+            return plan, 0.0, 0.0
+        lock = f"build-{memory.name(f'{part} {question}' if part else question)}"
+        with self._cache.lock(lock, self._progress, timeout=self._build_timeout):
+            plan, evaluated = self._plan(info, question, variant)
+            if not _can_realise(wanted(plan)):  # remembered, but the store was cleaned since
+                memory.forget(question)
+                plan, evaluated = self._plan(info, question, variant)
+            built = 0.0
+            if not _is_built(wanted(plan), root):
+                words = [*variant.words, part] if part else variant.words
+                built = self._realise(info, wanted(plan), root, words)
+                let_go(root)
+        return plan, evaluated, built
+
+    def _ask(self, info: MachineInfo, what: str) -> dict[str, Any]:
+        answer, _ = self._evaluator.ask(
+            f"{what} {info.attribute}",
+            f"this.{what} {nix_list(attribute_path(info.attribute))}",
+            title=info.name,
+            attribute=info.attribute,
+        )
+        return answer
+
     def _plan(
-        self, info: MachineInfo, question: str, freezable: bool
+        self, info: MachineInfo, question: str, variant: Variant
     ) -> tuple[dict[str, Any], float]:
-        path = nix_list(attribute_path(info.attribute))
         plan, seconds = self._evaluator.ask(
             question,
-            f"this.plan {{ freezable = {nix_value(freezable)}; }} {path}",
+            variant.expression(attribute_path(info.attribute)),
             title=info.name,
             attribute=info.attribute,
         )
@@ -236,8 +336,10 @@ class Flake:
             )
         return plan, seconds
 
-    def _realise(self, info: MachineInfo, plan: Mapping[str, Any], root: Path) -> float:
-        log = f"build-{info.name}{'-freezable' if plan['freezable'] else ''}"
+    def _realise(
+        self, info: MachineInfo, plan: Mapping[str, Any], root: Path, words: Sequence[str]
+    ) -> float:
+        log = "-".join([f"build-{info.name}", *words])
         step = self._progress.step(f"Building {info.name}")
         began = time.monotonic()
         output_only = not Path(plan["derivation"]).exists()
@@ -282,24 +384,26 @@ class Flake:
             toplevel=system.resolve() if system.exists() else None,
             system=plan.get("system") or info.system or self.nix.system,
             overrides=tuple(
-                Override(attribute_text(o["option"]), nix_value(o["value"]), o["reason"])
+                Override(
+                    attribute_text(o["option"]),
+                    o["shown"] if "shown" in o else nix_value(o["value"]),
+                    o["reason"],
+                )
                 for o in plan["overrides"]
             ),
             freezable=plan["freezable"],
             evaluated=evaluated,
             built=built,
+            boot_loader=plan["bootLoader"],
+            carries=tuple(map(Path, plan["carries"])),
+            network_options=_network(plan["network"]),
+            secrets=secrets_of(plan["secrets"]),
         )
 
-    def _root(self, info: MachineInfo, freezable: bool) -> Path:
-        """Where the result is rooted: one place a machine, so that old results are let go.
 
-        The two variants have a place each, or each build would let the other's result go.
-        """
-        parts = [self.reference.url, info.attribute, self._evaluator.overrides]
-        about = json.dumps([*parts, "freezable"] if freezable else parts)
-        digest = hashlib.blake2b(about.encode(errors="surrogateescape"), digest_size=6).hexdigest()
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", info.name)
-        return self._cache.roots / f"{name}-{digest}"
+def _toplevels(carries: Sequence[Path]) -> tuple[Path, ...]:
+    """Each once, in an order that does not matter, so that the same build is the same."""
+    return tuple(sorted(set(carries)))
 
 
 def _is_built(plan: Mapping[str, Any], root: Path) -> bool:
@@ -316,3 +420,11 @@ def _is_built(plan: Mapping[str, Any], root: Path) -> bool:
 
 def _can_realise(plan: Mapping[str, Any]) -> bool:
     return Path(plan["output"]).exists() or Path(plan["derivation"]).exists()
+
+
+def _network(found: Any) -> str:
+    if found is None:
+        return ""
+    from pytest_nixvm.flake.slirp import network_options
+
+    return network_options(found)

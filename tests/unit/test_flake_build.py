@@ -252,8 +252,12 @@ def test_a_module_folder_is_all_that_is_shipped() -> None:
     from pytest_nixvm.flake.remember import MODULES
 
     assert sorted(path.name for path in MODULES.iterdir()) == [
+        "declared.nix",
         "flake.nix",
+        "interface.nix",
+        "options.nix",
         "overrides.nix",
+        "secrets.nix",
         "target.nix",
     ]
     assert sys.executable

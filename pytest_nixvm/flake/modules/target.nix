@@ -1,9 +1,16 @@
 # What the plugin asks of a flake. Every answer is plain data, to be printed as JSON.
 { target }:
 let
-  inherit (builtins) attrNames concatMap elemAt filter genList head isAttrs length mapAttrs tail;
+  inherit (builtins) attrNames concatMap elemAt filter genList head isAttrs length mapAttrs tail
+    unsafeDiscardStringContext;
 
   overrides = import ./overrides.nix;
+  interface =
+    if builtins.pathExists ./interface.nix then import ./interface.nix
+    else { find = _: null; overrides = _: [ ]; };
+  secret =
+    if builtins.pathExists ./secrets.nix then import ./secrets.nix
+    else { find = _: _: [ ]; overrides = _: _: [ ]; };
 
   # The platform a NixOS configuration is for. Evaluates little more than its `nixpkgs` options;
   # null where the configuration does not say.
@@ -42,39 +49,124 @@ let
 
   # The injection rule. `virtualisation.useNixStoreImage` is declared by qemu-vm.nix: where the
   # configuration imports that itself, its options are at the top; elsewhere they exist only in
-  # `virtualisation.vmVariant`, and what is set there merges with what the user set there.
-  # The configuration is extended only if something has to differ, so the usual machine is, bit
-  # for bit, what `nix build .#nixosConfigurations.NAME.config.system.build.vm` builds.
-  virtualMachine = freezable: nixos:
+  # `virtualisation.vmVariant`, and what is set there merges with what the user set there. The VM
+  # with a boot loader is a variant of its own (nixpkgs' build-vm.nix).
+  shapeOf = bootLoader: nixos:
     let
       virtualisation = nixos.options.virtualisation or { };
-      direct = virtualisation ? useNixStoreImage;
-      variant = !direct && virtualisation ? vmVariant;
-      config = if variant then nixos.config.virtualisation.vmVariant else nixos.config;
-      changeable = (direct || variant) && nixos ? extendModules;
-      wanted = overrides.always ++ (if freezable then overrides.freezable else [ ]);
+      variant = name: {
+        inherit name;
+        configOf = nixos: nixos.config.virtualisation.${name};
+        module = content: { virtualisation.${name} = content; };
+      };
+    in
+    if !(nixos ? extendModules) then null
+    else if virtualisation ? useNixStoreImage
+    then { name = null; configOf = nixos: nixos.config; module = content: content; }
+    else if bootLoader && virtualisation ? vmVariantWithBootLoader
+    then variant "vmVariantWithBootLoader"
+    else if virtualisation ? vmVariant then variant "vmVariant"
+    else null;
+
+  # Stronger than mkForce (50) and mkVMOverride (10): a tie would be a conflict.
+  force = content: { _type = "override"; priority = 1; inherit content; };
+  suggest = content: { _type = "override"; priority = 1000; inherit content; };
+  nest = path: value: if path == [ ] then value else { ${head path} = nest (tail path) value; };
+
+  # The configuration with a boot loader in its VM, and what that took: an entry as in
+  # overrides.nix is what the user sees of it.
+  withBootLoader = shape: nixos:
+    let
+      config = shape.configOf nixos;
+      loader = config.boot.loader or { };
+      variants = nixos.options.virtualisation;
+      # A priority that is the option's own default's: the user has said nothing about it.
+      unset = option: option.highestPrio or 1500 >= 1500;
+    in
+    if shape.name == "vmVariantWithBootLoader" then
+      # nixpkgs gives that variant nothing of vmVariant. Both are the user's VM, so what is said of
+      # the one holds for the other, unless the user has said something of it.
+      if unset variants.vmVariantWithBootLoader && !(unset variants.vmVariant)
+        && variants.vmVariant ? definitions then {
+        modules = [ (shape.module { imports = variants.vmVariant.definitions; }) ];
+        entries = [ {
+          option = [ "virtualisation" "vmVariantWithBootLoader" ];
+          shown = "what virtualisation.vmVariant is";
+          reason = "so that with its boot loader it is the machine that it is without";
+        } ];
+      } else { modules = [ ]; entries = [ ]; }
+    else if has [ "virtualisation" "useBootLoader" ] config && !config.virtualisation.useBootLoader then {
+      modules = [
+        (shape.module { virtualisation.useBootLoader = force true; })
+      ] ++ (if !(has [ "virtualisation" "useEFIBoot" ] config) then [ ] else [
+        # As nixpkgs' vmVariantWithBootLoader has it.
+        (shape.module {
+          virtualisation.useEFIBoot =
+            suggest (loader.systemd-boot.enable or false || loader.efi.canTouchEfiVariables or false);
+        })
+      ]);
+      entries = [ {
+        option = [ "virtualisation" "useBootLoader" ];
+        value = true;
+        reason = "so that it boots through its own boot loader";
+      } ];
+    }
+    else { modules = [ ]; entries = [ ]; };
+
+  # A path in the store, as a value that a derivation can depend on. Its context says so:
+  # builtins.storePath, which would do the same, is forbidden in pure evaluation. The path has to
+  # be in the store already; nix looks.
+  storePath = path: builtins.appendContext path { ${path} = { path = true; }; };
+
+  # The configuration is extended only if something has to differ, so the usual machine is, bit
+  # for bit, what `nix build .#nixosConfigurations.NAME.config.system.build.vm` builds.
+  virtualMachine = { freezable, bootLoader, carries, secrets }: given:
+    let
+      shape = shapeOf bootLoader given;
+      changeable = shape != null;
+      loader = if bootLoader && changeable then withBootLoader shape given else { modules = [ ]; entries = [ ]; };
+      nixos = extend given loader.modules;
+      config = if changeable then shape.configOf nixos else nixos.config;
+      wanted = overrides.always
+        ++ (if freezable then overrides.freezable else [ ])
+        ++ interface.overrides config
+        ++ secret.overrides config secrets;
+      # What merges is told from nothing by whoever asks for it, and may be a new member of a set.
+      differs = o:
+        if o.merge or false then has (genList (elemAt o.option) (length o.option - 1)) config
+        else has o.option config && get o.option config != o.value;
       needed =
-        if !changeable then [ ]
-        else filter
-          (o: has o.option config && get o.option config != o.value && (o.only or (_: true)) config)
-          wanted;
-      # Stronger than mkForce (50) and mkVMOverride (10): a tie would be a conflict.
-      force = content: { _type = "override"; priority = 1; inherit content; };
-      nest = path: value:
-        if path == [ ] then value else { ${head path} = nest (tail path) value; };
-      module = option: value: let set = nest option (force value); in
-        if direct then set else { virtualisation.vmVariant = set; };
-      changes = map (o: module o.option o.value) needed;
-      kept = map (option: module option (get option config))
+        if !changeable then [ ] else filter (o: differs o && (o.only or (_: true)) config) wanted;
+      changes = map
+        (o: shape.module (nest o.option (if o.merge or false then o.value else force o.value)))
+        needed;
+      kept = map (option: shape.module (nest option (force (get option config))))
         (filter (option: has option config) (concatMap (o: o.keep or [ ]) needed));
-      extended =
-        if needed == [ ] then nixos else nixos.extendModules { modules = changes ++ kept; };
-      build = extended.config.system.build or { };
+      # What else is in its store changes nothing in the system: that is no override.
+      carried = if has [ "virtualisation" "additionalPaths" ] config then carries else [ ];
+      more = if carried == [ ] then [ ]
+        else [ (shape.module { virtualisation.additionalPaths = map storePath carried; }) ];
+      extended = extend nixos (changes ++ kept ++ more);
+      built = if changeable then shape.configOf extended else extended.config;
+      build = built.system.build or { };
+      # The user's own path to it, where nothing differs: system.build.vm is a mkDefault.
+      vm =
+        if shape.name or null == "vmVariantWithBootLoader"
+        then extended.config.system.build.vmWithBootLoader or build.vm or null
+        else extended.config.system.build.vm or null;
     in
     {
-      overrides = map (o: { inherit (o) option value reason; }) needed;
+      overrides = map (o: { inherit (o) option reason; } // (if o ? shown then { inherit (o) shown; } else { inherit (o) value; }))
+        (loader.entries ++ needed);
       freezable = freezable && changeable;
-    } // (if isDerivation (build.vm or null) then derivation build.vm else { noVm = true; });
+      bootLoader = built.virtualisation.useBootLoader or false;
+      carries = if changeable then carried else [ ];
+      network = if changeable then interface.find config else null;
+      secrets = if changeable then secret.find config secrets else [ ];
+      toplevel = if isDerivation (build.toplevel or null) then derivation build.toplevel else null;
+    } // (if isDerivation vm then derivation vm else { noVm = true; });
+
+  extend = nixos: modules: if modules == [ ] then nixos else nixos.extendModules { inherit modules; };
 in
 {
   # Where the flake's files are in the store: to translate the paths in Nix's messages.
@@ -118,10 +210,40 @@ in
     };
 
   # What has to be built for it. About a bare derivation nothing can be changed.
-  plan = { freezable }: path:
+  plan = how: path:
     let value = get path target; kind = kindOf value; in
-    { inherit kind; overrides = [ ]; freezable = false; }
-    // (if kind == "derivation" then derivation value
-        else if kind == "nixos" then virtualMachine freezable value
-        else { });
+    {
+      inherit kind;
+      overrides = [ ];
+      freezable = false;
+      bootLoader = false;
+      carries = [ ];
+      network = null;
+      secrets = [ ];
+      toplevel = null;
+    } // (if kind == "derivation" then derivation value
+          else if kind == "nixos" then virtualMachine how value
+          else { });
+
+  # The system that the real machine runs, as it is: none of ours in it. Nothing is built.
+  toplevelOf = path:
+    let toplevel = (get path target).config.system.build.toplevel or null; in
+    { output = if toplevel == null then null else unsafeDiscardStringContext toplevel.outPath; };
+
+  # What the configuration says of the machine, its VM's and the real one's.
+  declared = path:
+    let
+      nixos = get path target;
+      shape = shapeOf false nixos;
+    in
+    import ./declared.nix {
+      real = nixos.config;
+      vm = if shape == null then nixos.config else shape.configOf nixos;
+    };
+
+  # What the flake's own modules define.
+  options = path: import ./options.nix {
+    inherit (get path target) options;
+    source = target.sourceInfo.outPath or target.outPath;
+  };
 }
