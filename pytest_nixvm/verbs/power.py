@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import MachineError, MachineGoneError, NixvmError, QmpError
+from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.boot import BootReport, wait_ready
 from pytest_nixvm.progress import Step
 from pytest_nixvm.qemu.launch import LaunchSpec, launch
@@ -21,10 +22,14 @@ from pytest_nixvm.wait import Deadline, timed_out
 if TYPE_CHECKING:
     from pytest_nixvm.guest.keys import KeyPair
 
+SHELL_PATIENCE = 10.0
+"""Seconds that a shell has for an answer before it is taken for ended."""
+
 
 class Power(Guest):
     """Power, and what is open while it is on."""
 
+    build: VmBuild
     spec: LaunchSpec
     boots: list[BootReport]
     settled: dict[Path, int]
@@ -168,6 +173,32 @@ class Power(Guest):
 
     def _boot_id(self, on: Channels) -> bytes:
         return on.agent.read_file("/proc/sys/kernel/random/boot_id")
+
+    def reconnect(self, timeout: float = 60) -> None:
+        """Open the channels anew, in a guest that runs on: a switch may restart what serves them.
+
+        The agent is waited for, SSH logs in again when it is next used, and a shell that has ended
+        is started again. Raises `AgentError` if the agent does not answer within `timeout` seconds;
+        SSH connections that are open stay open then.
+        """
+        with self._lock, self.transcript.note("power", "reconnect"):
+            on = self._opened()
+            with on.health.call():
+                on.agent.wait_ready(timeout)
+            if on.no_shell or not on.shell.answers(SHELL_PATIENCE):
+                on.revive()
+            on.hang_up()
+
+    def become(self, build: VmBuild) -> None:
+        """Run another build of this machine from the next start on, on the disk as it is.
+
+        Only for a machine that is off, after it has run. Raises `MachineError` while it is on.
+        """
+        with self._lock:
+            if self._on is not None and self._on.qemu.alive:
+                raise MachineError(f"{self.name} runs: it can be another build after a shutdown.")
+            self.build = build
+            self.spec = replace(self.spec, start_script=build.start_script)
 
     def crash(self) -> None:
         """Cut the power: QEMU ends at once, nothing in the guest is told.
