@@ -1,0 +1,328 @@
+"""Checks as ordinary pytest items: `nixvm::dev-vm::boots`.
+
+They are collected beside the tests of files, so that -k, -m, --lf, --deselect, junit and xdist
+mean for them what they mean for tests. Session → MachineChecks → CheckItem.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, UserError
+from pytest_nixvm.run import RUN, Run, fail
+
+if TYPE_CHECKING:
+    from pytest_nixvm.checks import Check, Checked
+    from pytest_nixvm.flake.build import MachineInfo
+    from pytest_nixvm.machine import Machine
+
+PREFIX = "nixvm"
+MARKER = "nixvm_check: what --nixvm-check collects; -m 'not nixvm_check' leaves all of it out."
+
+
+class CheckWarning(UserWarning):
+    """What a check has seen, and what is no defect of the machine."""
+
+
+# --- collection ----------------------------------------------------------------------------------
+
+
+def take_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell pytest's positional arguments from those that name checks: (rest, wanted)."""
+    wanted = [word for word in arguments if _is_ours(word)]
+    return [word for word in arguments if not _is_ours(word)], wanted
+
+
+def _is_ours(word: str) -> bool:
+    return word.startswith(f"{PREFIX}::") or (word == PREFIX and not Path(word).exists())
+
+
+def collect(run: Run, session: pytest.Session, wanted: Sequence[str] = ()) -> list[pytest.Item]:
+    """Return an item for each check of each selected machine.
+
+    With `wanted` only those that it names: node ids, or the beginnings of some. Raises
+    `SettingsError` for names that mean nothing, and as the flake's evaluation does.
+    """
+    machines = run.fleet.machines
+    every = {each.name: _checks(run, each.name) for each in machines}
+    off = parse_off(
+        run.settings.check_off,
+        [each.name for each in run.fleet.every_machine],
+        sorted({check.name for checks in every.values() for check in checks}),
+    )
+    items: list[pytest.Item] = []
+    for machine in machines:
+        node = MachineChecks.from_parent(
+            session, name=machine.name, nodeid=f"{PREFIX}::{machine.name}"
+        )
+        node.machine, node.checks, node.off = machine, every[machine.name], off
+        items += node.collect()
+    return select(items, wanted) if wanted else items
+
+
+def select(items: Sequence[pytest.Item], wanted: Sequence[str]) -> list[pytest.Item]:
+    """Return the items that node ids, or the beginnings of node ids, name.
+
+    Raises `SettingsError` for one that names nothing.
+    """
+    chosen = set()
+    for word in wanted:
+        start = word.rstrip(":")
+        named = [i for i in items if i.nodeid == start or i.nodeid.startswith(f"{start}::")]
+        if not named:
+            every = [item.nodeid for item in items]
+            near = difflib.get_close_matches(start, every, 1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            there = ", ".join(dict.fromkeys(each.rpartition("::")[0] for each in every)) or "none"
+            raise SettingsError(f"There is no check {word}.{meant} There are checks of: {there}.")
+        chosen.update(named)
+    return [item for item in items if item in chosen]
+
+
+def _checks(run: Run, machine: str) -> list[Check]:
+    """Return the checks of a machine: the built-in ones, then those of the hook."""
+    from pytest_nixvm.checks import BUILT_IN, Check
+
+    found = [check for check in BUILT_IN if not check.change or run.settings.from_ is not None]
+    names = {check.name for check in BUILT_IN}
+    for more in run.config.hook.pytest_nixvm_checks(machine=machine):
+        for check in more or ():
+            if not isinstance(check, Check):
+                raise SettingsError(
+                    f"pytest_nixvm_checks({machine!r}) returned {check!r}; it should return "
+                    "objects of pytest_nixvm.checks.Check."
+                )
+            if check.name in names:
+                raise SettingsError(
+                    f"pytest_nixvm_checks({machine!r}): there are two checks called {check.name!r}."
+                )
+            if not check.name or set(check.name) & set(": \t\n[]"):
+                raise SettingsError(
+                    f"pytest_nixvm_checks({machine!r}): {check.name!r} can't be a check's name: "
+                    "it is a part of `nixvm::MACHINE::NAME`."
+                )
+            names.add(check.name)
+            if not check.change or run.settings.from_ is not None:
+                found.append(check)
+    return found
+
+
+# --- what is turned off --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Off:
+    """A check that the user has turned off."""
+
+    machine: str  # a glob
+    check: str
+    reason: str
+
+
+def parse_off(
+    entries: Sequence[str], machines: Sequence[str], checks: Sequence[str]
+) -> tuple[Off, ...]:
+    """Read the entries of nixvm_check_off. Raises `SettingsError`.
+
+    `machines` and `checks` are the names that there are.
+    """
+    from pytest_nixvm.checks import BUILT_IN
+
+    known = sorted({*checks, *(check.name for check in BUILT_IN)})
+    found = []
+    for entry in entries:
+        parts = [part.strip() for part in entry.split(":", 2)]
+        if len(parts) != 3 or not all(parts):
+            raise SettingsError(
+                f"nixvm_check_off: {entry!r} should be MACHINE: CHECK: REASON, for example "
+                "'dev-vm: ports: the print server is meant to be open'."
+            )
+        machine, check, reason = parts
+        if not any(fnmatchcase(name, machine) for name in machines):
+            raise SettingsError(
+                f"nixvm_check_off: {entry!r}: no machine of the flake is called {machine!r}."
+                f"{_meant(machine, machines)} Its machines: {', '.join(machines) or 'none'}."
+            )
+        if check != "*" and check not in known:
+            raise SettingsError(
+                f"nixvm_check_off: {entry!r}: there is no check {check!r}.{_meant(check, known)} "
+                f"The checks: {', '.join(known)}."
+            )
+        found.append(Off(machine, check, reason))
+    return tuple(found)
+
+
+def _meant(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+# --- nodes ---------------------------------------------------------------------------------------
+
+
+class MachineChecks(pytest.Collector):
+    """One machine: its checks, and the VMs that they share until the last of them is over."""
+
+    machine: MachineInfo
+    checks: Sequence[Check] = ()
+    off: Sequence[Off] = ()
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.memory: dict[str, object] = {}
+        self.scopes: set[str] = set()
+
+    def collect(self) -> list[CheckItem]:
+        """Return the items."""
+        items = []
+        for check in self.checks:
+            item = CheckItem.from_parent(self, name=check.name)
+            item.prepare(check, self.machine)
+            for off in self.off:
+                if fnmatchcase(self.machine.name, off.machine) and off.check in ("*", check.name):
+                    reason = f"nixvm_check_off: {off.reason}"
+                    item.add_marker(pytest.mark.skip(reason=reason))
+                    break
+            items.append(item)
+        return items
+
+    def teardown(self) -> None:
+        """End the VMs of the checks: the machine's last one is over."""
+        fleet = self.config.stash[RUN].fleet
+        for scope in self.scopes:
+            fleet.release(scope)
+        for kept in self.memory.values():
+            close = getattr(kept, "close", None)
+            if close is not None:
+                close()
+        self.memory.clear()
+
+
+class CheckItem(pytest.Item):
+    """One check of one machine."""
+
+    check: Check
+    parent: MachineChecks
+
+    def prepare(self, check: Check, machine: MachineInfo) -> None:
+        """Take in what is to be checked."""
+        self.check = check
+        self.nixvm_machines = [machine.name]
+        self.add_marker(pytest.mark.nixvm(machine.name))
+        self.add_marker(pytest.mark.nixvm_check)
+        if machine.skip is not None:
+            self.add_marker(pytest.mark.skip(reason=f"{machine.name}: {machine.skip}"))
+
+    @property
+    def machine(self) -> str:
+        """The machine's name."""
+        return self.nixvm_machines[0]
+
+    # "dev-vm::boots" is what a failure's headline shows; there is no file to look into.
+    @property
+    def location(self) -> tuple[str, int | None, str]:
+        """Where pytest's reports say it is."""
+        return PREFIX, None, f"{self.machine}::{self.name}"
+
+    def reportinfo(self) -> tuple[str, int | None, str]:
+        """Return the same with a line, which pytest wants for a skipped item."""
+        return PREFIX, 0, f"{self.machine}::{self.name}"
+
+    def setup(self) -> None:
+        """Have the machine built, and booted where that is not itself the check."""
+        try:
+            self._checked.once("built", self._build)
+            if self.check.shared and self.check.name != "boots":
+                _ = self._checked.vm
+        except NothingToTestError as error:
+            pytest.skip(str(error))
+        except NixvmError as error:
+            fail(error)
+
+    def _build(self) -> bool:
+        run = self.config.stash[RUN]
+        run.fleet.prepare(self.machine, run.request(self))
+        return True
+
+    def runtest(self) -> None:
+        """Run the check."""
+        from pytest_nixvm.checks import DoesNotApply
+        from pytest_nixvm.errors import CheckFailedError
+
+        checked = self._checked
+        try:
+            self.check.run(checked)
+        except (NothingToTestError, DoesNotApply) as error:
+            pytest.skip(str(error))
+        except UserError as error:
+            fail(error)
+        except NixvmError as error:
+            kind = "" if isinstance(error, CheckFailedError) else f"{type(error).__name__}: "
+            pytest.fail(f"{kind}{error}\n{self._off_line()}", pytrace=False)
+        finally:
+            self._tell(checked.notes)
+
+    def _off_line(self) -> str:
+        return (
+            f"If that is meant: nixvm_check_off = {self.machine}: {self.name}: WHY "
+            "(in pytest's ini file) turns this check off."
+        )
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.add_report_section("call", "nixvm", note)
+            try:
+                warnings.warn_explicit(f"{self.nodeid}: {note}", CheckWarning, PREFIX, 0)
+            except CheckWarning:  # -W error: what is no defect does not become one
+                continue
+
+    @property
+    def _checked(self) -> Checked:
+        made: Checked | None = self.__dict__.get("_made")
+        if made is None:
+            from pytest_nixvm.checks import Checked
+
+            made = Checked(
+                self.machine, self.config.stash[RUN].fleet, self._start, self.parent.memory
+            )
+            self.__dict__["_made"] = made
+        return made
+
+    def _start(self) -> Machine:
+        """Return the VM: that of the machine's checks, or this one's own."""
+        scope = self.parent.nodeid if self.check.shared else self.nodeid
+        checked = self._checked
+
+        def acquire() -> Machine:
+            run = self.config.stash[RUN]
+            self.parent.scopes.add(scope)
+            machine = run.fleet.acquire(self.machine, replace(run.request(self)), scope)
+            run.used(self, machine, fresh=False)
+            return machine
+
+        # Only a failure is remembered: a VM that has ended is replaced.
+        failed = f"unbootable {scope}"
+        if failed in self.parent.memory:
+            checked.once(failed, acquire)
+        try:
+            return acquire()
+        except NixvmError as error:
+            from pytest_nixvm.checks.base import Failed
+
+            self.parent.memory[failed] = Failed(error)
+            raise
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Show where a user's own check has failed, and nothing of what has called it."""
+        code = getattr(self.check.run, "__code__", None)
+        if code is not None and not isinstance(excinfo.value, NixvmError):
+            excinfo.traceback = excinfo.traceback.cut(path=code.co_filename)
+        return super().repr_failure(excinfo, style)
