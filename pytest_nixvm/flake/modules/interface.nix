@@ -5,8 +5,8 @@
 # would apply to nothing, silently. What is named here is what QEMU's one interface is called.
 let
   inherit (builtins)
-    attrNames attrValues concatLists concatMap elem elemAt filter head isAttrs isList isString map match sort
-    stringLength tail tryEval;
+    attrNames attrValues concatLists concatMap elem elemAt filter head isAttrs isList isString map match stringLength tail
+    tryEval;
 
   # What can't be evaluated is as if it were not there: the build itself will say so.
   attempt = default: value:
@@ -24,6 +24,9 @@ let
     name == "lo" || match
       "(docker|podman|cni|veth|ve-|vb-|vz-|virbr|vnet|vmnet|vboxnet|lxcbr|lxdbr|incusbr|br-|br[0-9]|bond|dummy|ifb|wg|tun|tap|ppp|sit|gre|vlan|vxlan|tailscale|zt|wt[0-9]|nebula|mynet|cali|flannel|cilium|waydroid).*"
       name != null;
+
+  # Names as the kernel, systemd and people give them to network cards.
+  isUsual = name: match "(en|eth|em|lan|wan|wl|ww|nic|net|uplink|p[0-9]+p).*" name != null;
 
   # Several options keep interfaces that the configuration itself creates, under their names.
   created = config:
@@ -131,7 +134,9 @@ let
         (filter (name: !(isVirtual name)) inBundles)
         (attempt [ ] (parents config))
         (attempt [ ] (list (config.networking.nat.externalInterface or null)))
-        (attempt [ ] (sort (a: b: a < b) (names (config.networking.firewall.interfaces or { }))))
+        # These two only refer to an interface, which may be anybody's.
+        (filter isUsual (attempt [ ] (names (config.networking.firewall.interfaces or { }))))
+        (filter isUsual (attempt [ ] (list (config.networking.firewall.trustedInterfaces or null))))
         (map (i: i.name) known)
       ];
       isHardware = name:
