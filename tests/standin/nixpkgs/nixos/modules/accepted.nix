@@ -54,11 +54,11 @@ in {
       "libinput" "logind" "logrotate" "nscd" "openntpd" "pipewire" "printing" "pulseaudio" "resolved" "smartd" "spice-vdagentd"
       "tailscale" "thermald" "timesyncd" "xserver"
     ];
-    system = { autoUpgrade = free; copySystemConfiguration = off; switch.enable = on; disableInstallerTools = off; };
+    system = { autoUpgrade = free; copySystemConfiguration = off; disableInstallerTools = off; };
     systemd = frees [ "coredump" "network" "oomd" "sleep" "user" "watchdog" ];
     virtualisation = frees [
       "containers" "docker" "hypervGuest" "libvirtd" "oci-containers" "podman" "spiceUSBRedirection" "virtualbox" "vmware"
     ];
     appstream.enable = on;
-  } // frees [ "fonts" "gtk" "hardware" "location" "powerManagement" "qt" "sound" "specialisation" "xdg" "zramSwap" ];
+  } // frees [ "fonts" "gtk" "hardware" "location" "powerManagement" "qt" "sound" "xdg" "zramSwap" ];
 }

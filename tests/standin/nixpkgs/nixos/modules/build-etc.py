@@ -1,7 +1,6 @@
-"""build-etc.py SPEC OUT: what /etc/static shows (OUT/etc), what is copied to /etc (OUT/links), and
-the units' scripts (OUT/scripts).
+"""build-etc.py SPEC OUT: what /etc/static shows (OUT/etc), what is copied to /etc (OUT/links).
 
-SPEC is JSON: `files` (environment.etc), `units` (name → text, scripts, where it is wanted) and
+SPEC is JSON: `files` (environment.etc), `units` (name → text, where it is wanted) and
 `info` (of the base: the units that Debian ships). A file of mode "symlink" becomes a link to
 /etc/static; one of any other mode is a copy, listed in OUT/copies with mode and owner.
 """
@@ -12,9 +11,9 @@ from pathlib import Path
 
 spec = json.loads(Path(sys.argv[1]).read_text())
 out = Path(sys.argv[2])
-etc, links, scripts = out / "etc", out / "links", out / "scripts"
+etc, links = out / "etc", out / "links"
 system = etc / "systemd" / "system"
-for directory in (system, links, scripts):
+for directory in (system, links):
     directory.mkdir(parents=True)
 debian_units = set((Path(spec["info"]) / "units").read_text().split())
 
@@ -27,11 +26,6 @@ def link(path: Path, target: str) -> None:
 
 
 for name, unit in spec["units"].items():
-    for script, text in unit["scripts"].items():
-        path = scripts / script
-        path.write_text(text)
-        path.chmod(0o755)
-    text = unit["text"].replace("@scripts@", str(scripts))
     template = name.split("@")[0] + "@." + name.rsplit(".", 1)[-1] if "@" in name else name
     shipped = name in debian_units or template in debian_units
     if not unit["enable"]:
@@ -42,7 +36,7 @@ for name, unit in spec["units"].items():
     else:
         path = system / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    path.write_text(unit["text"])
     for kind in ("wants", "requires", "upholds"):
         for target in unit[kind]:
             source = (

@@ -4,7 +4,9 @@
   ./misc.nix
   ./network.nix
   ./services.nix
+  ./specialisation.nix
   ./ssh.nix
+  ./switch.nix
   ./system.nix
   ./systemd.nix
   ./users.nix

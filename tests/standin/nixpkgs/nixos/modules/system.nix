@@ -41,6 +41,12 @@ let
     "0 0\n"
   ];
 
+  snippet = name: ''
+    #### Activation script snippet ${name}:
+    _localstatus=0
+    ${cfg.activationScripts.${name}.text}
+    if (( _localstatus > 0 )); then echo "Activation script snippet '${name}' failed ($_localstatus)"; fi
+  '';
   activate = ''
     #!${pkgs.runtimeShell}
     # Brings the running system in line with this configuration; also the last act of stage 2.
@@ -49,14 +55,17 @@ let
     _status=0
     trap '_localstatus=$?; _status=1' ERR
     mkdir -p /run
-    ${lib.concatMapStrings (name: ''
-      #### Activation script snippet ${name}:
-      _localstatus=0
-      ${cfg.activationScripts.${name}.text}
-      if (( _localstatus > 0 )); then echo "Activation script snippet '${name}' failed ($_localstatus)"; fi
-    '') ordered}
+    ${lib.concatMapStrings snippet ordered}
     ln -sfn "$systemConfig" /run/current-system
     exit $_status
+  '';
+  dryActivate = ''
+    #!${pkgs.runtimeShell}
+    # The snippets that say what they would do (supportsDryActivation).
+    systemConfig='@out@'
+    export PATH=/usr/sbin:/usr/bin NIXOS_ACTION=dry-activate
+    ${lib.concatMapStrings snippet (lib.filter (name: cfg.activationScripts.${name}.supportsDryActivation) ordered)}
+    exit 0
   '';
   init = ''
     #!${pkgs.runtimeShell}
@@ -90,7 +99,7 @@ in {
       activationScripts = mkOption {
         type = types.attrsOf script;
         default = { };
-        apply = lib.mapAttrs (_: s: if lib.isString s then { deps = [ ]; text = s; } else s);
+        apply = lib.mapAttrs (_: s: if lib.isString s then { deps = [ ]; text = s; supportsDryActivation = false; } else s);
       };
       configurationRevision = mkOption { type = types.nullOr types.str; default = null; };
       nixos = lib.mapAttrs (_: default: mkOption { type = types.str; inherit default; }) {
@@ -178,6 +187,10 @@ in {
       text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n";
     };
     system.activationScripts.specialfs.text = "";
+    # Set here and not by systemd alone: a switch to another name takes effect.
+    system.activationScripts.hostname.text = lib.optionalString (config.networking.hostName != "") ''
+      echo ${lib.escapeShellArg config.networking.hostName} > /proc/sys/kernel/hostname
+    '';
     system.activationScripts.groups = { deps = [ "users" ]; text = ""; };
 
     system.build = {
@@ -195,8 +208,8 @@ in {
         inherit (cfg.build) etc kernel initialRamdisk;
         inherit (cfg) path extraDependencies;
         inherit (pkgs.stdenv.hostPlatform) system;
-        inherit activate init;
-        passAsFile = [ "activate" "init" ];
+        inherit activate dryActivate init;
+        passAsFile = [ "activate" "dryActivate" "init" ];
         params = lib.concatStringsSep " " config.boot.kernelParams;
         version = cfg.nixos.label;
         kernelFile = if config.standin.unpackedKernel then "image" else "bzImage";
@@ -209,6 +222,7 @@ in {
         printf %s "$params" > $out/kernel-params; printf %s "$version" > $out/nixos-version; printf %s "$system" > $out/system
         echo 1 > $out/init-interface-version; echo "$extraDependencies" > $out/extra-dependencies
         for f in activate init; do eval "sed s#@out@#$out#g < \$''${f}Path > $out/$f"; chmod 755 $out/$f; done
+        sed s#@out@#$out#g < $dryActivatePath > $out/dry-activate; chmod 755 $out/dry-activate
         # The packages in the closure: stage 1 lays them over /usr, wherever the configuration mentions them.
         sort -u closure closure-path | grep "^$NIX_STORE/" | while read -r p; do
           [ ! -e $p/nix-support/standin-layer ] || echo $p

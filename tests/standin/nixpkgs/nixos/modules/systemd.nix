@@ -35,7 +35,7 @@ let
     script = lines; preStart = lines; postStart = lines; preStop = lines; postStop = lines; reload = lines;
     scriptArgs = mkOption { type = types.str; default = ""; };
     enableStrictShellChecks = flag false;
-    restartIfChanged = flag true; reloadIfChanged = flag false; stopIfChanged = flag true;
+    restartIfChanged = flag true; reloadIfChanged = flag false; stopIfChanged = flag true; notSocketActivated = flag false;
     startAt = mkOption { type = types.either types.str (types.listOf types.str); default = [ ]; apply = lib.toList; };
   };
   mount = {
@@ -59,16 +59,24 @@ let
     // listed "Upholds" u.upholds // listed "OnFailure" u.onFailure // listed "OnSuccess" u.onSuccess
     // optionalAttrs (u.startLimitBurst != null) { StartLimitBurst = u.startLimitBurst; }
     // optionalAttrs (u.startLimitIntervalSec != null) { StartLimitIntervalSec = u.startLimitIntervalSec; }
-    // optionalAttrs (u.restartTriggers != [ ]) {
-      X-Restart-Triggers = map toString u.restartTriggers;
-    } // u.unitConfig;
+    // triggers "X-Restart-Triggers" u.restartTriggers // triggers "X-Reload-Triggers" u.reloadTriggers
+    // u.unitConfig;
+  # NixOS has the path of a file with these texts here.
+  triggers = key: values: optionalAttrs (values != [ ]) {
+    ${key} = builtins.hashString "sha256" (toString (map toString (lib.flatten values)));
+  };
+  # What switch-to-configuration is to do with a service that has changed.
+  switching = u:
+    optionalAttrs u.reloadIfChanged { X-ReloadIfChanged = true; }
+    // optionalAttrs (!u.reloadIfChanged && !u.restartIfChanged) { X-RestartIfChanged = false; }
+    // optionalAttrs (!u.stopIfChanged) { X-StopIfChanged = false; }
+    // optionalAttrs u.notSocketActivated { X-NotSocketActivated = true; };
 
-  unit = suffix: text: scripts: name: u: nameValuePair "${name}.${suffix}" {
+  unit = suffix: text: name: u: nameValuePair "${name}.${suffix}" {
     inherit (u) enable aliases;
     override = u.overrideStrategy == "asDropin" || u.overrideStrategy == "asDropinIfExists";
     wants = u.wantedBy; requires = u.requiredBy; upholds = u.upheldBy;
     text = body "Unit" (unitSection u) + text u;
-    scripts = scripts name u;
   };
   defaultPath = with pkgs; [ coreutils findutils gnugrep gnused systemd ];
   steps = {
@@ -81,27 +89,27 @@ let
   };
   serviceText = name: u:
     let
-      file = step: "@scripts@/${name}-${steps.${step}}";
+      # A path of its own for each: a unit is another one when its own script is, not with any change anywhere.
+      file = step: "${pkgs.writeScript (scriptName "unit-script-${name}-${steps.${step}}")
+        "#!${pkgs.runtimeShell}\nset -e\n${u.${step}}\n"}";
       when = step: key: value: optionalAttrs (u.${step} != "") { ${key} = value; };
       environment = {
         PATH = lib.concatMapStringsSep ":" (p: "${toString p}/bin") (u.path ++ defaultPath);
       } // cfg.globalEnvironment // u.environment;
     in body "Service" ({
       Environment = lib.mapAttrsToList (k: v: builtins.toJSON "${k}=${show v}") (lib.filterAttrs (_: v: v != null) environment);
-    } // u.serviceConfig
+    } // switching u // u.serviceConfig
       // when "script" "ExecStart" "${file "script"} ${u.scriptArgs}"
       // when "preStart" "ExecStartPre" ([ (file "preStart") ] ++ lib.toList (u.serviceConfig.ExecStartPre or [ ]))
       // when "postStart" "ExecStartPost" (file "postStart") // when "preStop" "ExecStop" (file "preStop")
       // when "postStop" "ExecStopPost" (file "postStop") // when "reload" "ExecReload" (file "reload"));
-  serviceScripts = name: u: lib.listToAttrs (lib.concatMap (step: optional (u.${step} != "")
-    (nameValuePair "${name}-${steps.${step}}" "#!${pkgs.runtimeShell}\nset -e\n${u.${step}}\n")) (lib.attrNames steps));
+  scriptName = lib.replaceStrings [ "@" "\\" ] [ "-" "-" ];
   socketText = u: body "Socket" (u.socketConfig
     // optionalAttrs (u.listenStreams != [ ]) { ListenStream = u.listenStreams; }
     // optionalAttrs (u.listenDatagrams != [ ]) { ListenDatagram = u.listenDatagrams; });
   mountText = u: body "Mount" ({ What = u.what; Where = u.where; }
     // optionalAttrs (u.type != "") { Type = u.type; } // optionalAttrs (u.options != "") { Options = u.options; } // u.mountConfig);
   escaped = path: lib.replaceStrings [ "-" "/" ] [ "\\x2d" "-" ] (lib.removePrefix "/" path);
-  none = _: _: { };
 in {
   options.systemd = {
     services = units service;
@@ -128,14 +136,14 @@ in {
     systemd.timers = lib.mapAttrs (_: s: { wantedBy = [ "timers.target" ]; timerConfig.OnCalendar = s.startAt; })
       (lib.filterAttrs (_: s: s.enable && s.startAt != [ ]) cfg.services);
     systemd.built =
-      lib.concatMapAttrs (name: u: lib.listToAttrs [ (unit "service" (serviceText name) serviceScripts name u) ]) cfg.services
-      // mapAttrs' (unit "socket" socketText none) cfg.sockets
-      // mapAttrs' (unit "timer" (u: body "Timer" u.timerConfig) none) cfg.timers
-      // mapAttrs' (unit "path" (u: body "Path" u.pathConfig) none) cfg.paths
-      // mapAttrs' (unit "target" (_: "") none) cfg.targets
-      // mapAttrs' (unit "slice" (u: body "Slice" u.sliceConfig) none) cfg.slices
-      // lib.listToAttrs (map (u: unit "mount" mountText none (escaped u.where) u) cfg.mounts)
-      // lib.genAttrs cfg.suppressedSystemUnits (_: { enable = false; scripts = { }; text = ""; });
+      lib.concatMapAttrs (name: u: lib.listToAttrs [ (unit "service" (serviceText name) name u) ]) cfg.services
+      // mapAttrs' (unit "socket" socketText) cfg.sockets
+      // mapAttrs' (unit "timer" (u: body "Timer" u.timerConfig)) cfg.timers
+      // mapAttrs' (unit "path" (u: body "Path" u.pathConfig)) cfg.paths
+      // mapAttrs' (unit "target" (_: "")) cfg.targets
+      // mapAttrs' (unit "slice" (u: body "Slice" u.sliceConfig)) cfg.slices
+      // lib.listToAttrs (map (u: unit "mount" mountText (escaped u.where) u) cfg.mounts)
+      // lib.genAttrs cfg.suppressedSystemUnits (_: { enable = false; text = ""; });
     environment.etc = {
       "systemd/system/default.target".source = "/usr/lib/systemd/system/${cfg.defaultUnit}";
       "systemd/system.conf".text = body "Manager" cfg.settings.Manager + cfg.extraConfig;
