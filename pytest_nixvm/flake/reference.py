@@ -144,6 +144,8 @@ def _directory(path: Path, query: str, text: str) -> tuple[str, Path]:
     folder = path / parameters.pop("dir", "")
     if folder != root:
         parameters["dir"] = str(folder.relative_to(root))
+    if (root / ".git/shallow").exists():  # as nix does it: it refuses such a repository otherwise
+        parameters["shallow"] = "1"
     suffix = f"?{urlencode(parameters, quote_via=quote, safe=_SAFE)}" if parameters else ""
     return f"git+file://{_quoted(root)}{suffix}", folder
 

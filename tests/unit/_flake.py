@@ -168,7 +168,8 @@ class Workshop:
         options: dict[str, object] = {"cache": self.cache, "logs": self.logs, **more}
         if "nix" not in options:
             options["nix"] = Nix.find(options=self.options)
-        return Flake(FlakeReference.parse(str(text), self.tmp), **options)  # type: ignore[arg-type]
+        reference = options.pop("reference", None) or FlakeReference.parse(str(text), self.tmp)
+        return Flake(reference, **options)  # type: ignore[arg-type]
 
 
 def evaluations(seen: Seen) -> int:
