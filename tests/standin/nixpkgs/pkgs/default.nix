@@ -86,7 +86,7 @@ let
     nixos-version = self.writeShellScriptBin "nixos-version" ''. /etc/os-release; echo "$VERSION_ID (stand-in)"'';
     qemu = "/usr";
     # For the modules in nixos/, not for configurations.
-    standin = { inherit kernel base initrd run; };
+    standin = { inherit kernel base initrd run runAsRoot; };
     extend = overlay: compose (overlays ++ [ overlay ]);
   } // fromBase
     // lib.genAttrs [ "bash" "bashInteractive" ] (name: fromBase.${name} // { shellPath = "/bin/bash"; })

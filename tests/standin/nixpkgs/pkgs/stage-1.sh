@@ -77,7 +77,7 @@ if [ -s "$root${init%/*}/usr-layers" ]; then
   while read -r path; do layers=$layers:${path##*/}/usr; done < "$root${init%/*}/usr-layers"
 fi
 if [ -n "$layers" ]; then # relative names: the kernel takes a page of options
-  cd $root/nix/.ro-store
+  cd $root/nix/.ro-store 2> /dev/null || cd $root/nix/store # with a boot loader it is on the root
   mount -t overlay -o "ro,lowerdir=../.standin-base/usr$layers" overlay $root/usr || fail "mounting /usr failed"
   cd /
 else

@@ -50,6 +50,7 @@ let
     mkdir -p $out; sort -u graph-* | grep "^$NIX_STORE/" > $out/store-paths
     touch $out/registration # for a nix in the guest, which has none
   '';
+  systemImage = import ./system-image.nix { inherit lib config pkgs closure; };
   start = ''
     #! /bin/bash
     export PATH="''${PATH:+$PATH:}/usr/sbin:/usr/bin:/sbin:/bin"
@@ -68,7 +69,9 @@ let
 
     if test -n "$NIX_DISK_IMAGE" && ! test -e "$NIX_DISK_IMAGE"; then
         echo "Disk image do not exist, creating the virtualisation disk image..."
-        createEmptyFilesystemImage "$NIX_DISK_IMAGE" "${toString cfg.diskSize}M"
+        ${if cfg.useBootLoader
+          then ''${qemu}/bin/qemu-img create -q -f qcow2 -b ${systemImage}/nixos.qcow2 -F qcow2 "$NIX_DISK_IMAGE"''
+          else ''createEmptyFilesystemImage "$NIX_DISK_IMAGE" "${toString cfg.diskSize}M"''}
         echo "Virtualisation disk image created."
     fi
 
@@ -155,12 +158,13 @@ in {
   config = {
     assertions = [
       {
-        assertion = !cfg.useBootLoader && !cfg.useEFIBoot && !cfg.tpm.enable;
-        message = "The stand-in for nixpkgs boots the kernel directly: no virtualisation.useBootLoader, useEFIBoot, tpm.";
+        assertion = !cfg.useEFIBoot && !cfg.tpm.enable;
+        message = "The stand-in for nixpkgs has a BIOS and no TPM: no virtualisation.useEFIBoot, tpm.";
       }
       {
-        assertion = cfg.mountHostNixStore || cfg.useNixStoreImage;
-        message = "The stand-in for nixpkgs takes /nix/store from the host, or from an image (useNixStoreImage).";
+        assertion = if cfg.useBootLoader then !cfg.useNixStoreImage else cfg.mountHostNixStore || cfg.useNixStoreImage;
+        message = "The stand-in for nixpkgs takes /nix/store from the host, from an image (useNixStoreImage), or with "
+          + "a boot loader from its disk.";
       }
       {
         assertion = cfg.diskImage != null;
@@ -185,11 +189,11 @@ in {
       options = mkMerge [
         (mkIf cfg.qemu.virtioKeyboard [ "-device virtio-keyboard" ])
         [ "-usb" "-device usb-tablet,bus=usb-bus.0" ]
-        [
+        (mkIf cfg.directBoot.enable [
           "-kernel \${NIXPKGS_QEMU_KERNEL_${shellName}:-${build.toplevel}/kernel}"
           "-initrd ${build.toplevel}/initrd"
           ''-append "$(cat ${build.toplevel}/kernel-params) ${bootParams} ${consoles} $QEMU_KERNEL_PARAMS"''
-        ]
+        ])
         (mkIf (!cfg.graphics) [ "-nographic" ])
       ];
       drives = mkMerge [
@@ -243,18 +247,22 @@ in {
           neededForBoot = true;
           options = [ "mode=0755" ];
         };
-        "/nix/store" = if cfg.writableStore
+        "/nix/store" = mkIf (cfg.mountHostNixStore || cfg.useNixStoreImage) (if cfg.writableStore
           then {
             device = "overlay";
             fsType = "overlay";
             neededForBoot = true;
             options = [ "lowerdir=/nix/.ro-store" "upperdir=/nix/.rw-store/upper" "workdir=/nix/.rw-store/work" ];
           }
-          else { device = "/nix/.ro-store"; fsType = "none"; neededForBoot = true; options = [ "bind" ]; };
+          else { device = "/nix/.ro-store"; fsType = "none"; neededForBoot = true; options = [ "bind" ]; });
       }
     ];
     # Without it each PCI device costs a third of a second under emulation: interrupt routing by interpreted ACPI code.
     boot.kernelParams = [ "pci=noacpi" ];
+    # GRUB boots a bzImage, and only that.
+    standin.unpackedKernel = mkIf cfg.useBootLoader (lib.mkDefault false);
+    system.build.installBootLoader = mkIf cfg.useBootLoader
+      (lib.mkOverride 90 (pkgs.writeScript "install-grub" (builtins.readFile ../install-grub.sh)));
     swapDevices = mkVMOverride [ ];
     boot.initrd.luks = mkVMOverride { };
     boot.loader.grub.device = mkVMOverride "/dev/disk/by-id/virtio-root";
