@@ -296,9 +296,11 @@ class CheckItem(pytest.Item):
             self.__dict__["_made"] = made
         return made
 
-    def _start(self) -> Machine:
-        """Return the VM: that of the machine's checks, or this one's own."""
+    def _start(self, what: str | None) -> Machine:
+        """Return the VM: that of the machine's checks, this one's own, or that of a few."""
         scope = self.parent.nodeid if self.check.shared else self.nodeid
+        if what is not None:
+            scope = f"{self.parent.nodeid} {what}"
         checked = self._checked
 
         def acquire() -> Machine:

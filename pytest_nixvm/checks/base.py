@@ -60,7 +60,7 @@ class Checked:
         self,
         name: str,
         fleet: Fleet,
-        start: Callable[[], Machine],
+        start: Callable[[str | None], Machine],
         memory: dict[str, object],
     ) -> None:
         self.name = name
@@ -72,7 +72,11 @@ class Checked:
     @property
     def vm(self) -> Machine:
         """The machine, booted: shared with the machine's other checks, or the check's own."""
-        return self._start()
+        return self._start(None)
+
+    def vm_for(self, what: str) -> Machine:
+        """Return the VM of those checks that do `what` with it, a fresh one if it has ended."""
+        return self._start(what)
 
     @property
     def build(self) -> VmBuild:
@@ -91,8 +95,8 @@ class Checked:
 
     @property
     def isolated(self) -> bool:
-        """Whether the VM reaches no network."""
-        return self.vm.spec.network != "nat"
+        """Whether the machine's VMs reach no network."""
+        return self.settings.network != "nat"
 
     def warn(self, text: str) -> None:
         """Say something that is no defect of the machine: it is shown with pytest's warnings."""

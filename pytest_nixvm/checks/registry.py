@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pytest_nixvm.checks.base import Check
 from pytest_nixvm.checks.channels import agent, boots, ssh
+from pytest_nixvm.checks.power import reboot, shutdown
+from pytest_nixvm.checks.units import failed_units, home_manager, restart_loops
 
 BUILT_IN: tuple[Check, ...] = (
     Check("boots", boots),
+    Check("failed-units", failed_units),
     Check("agent", agent),
     Check("ssh", ssh),
+    Check("home-manager", home_manager),
+    Check("restart-loops", restart_loops),
+    Check("reboot", reboot, shared=False),
+    Check("shutdown", shutdown, shared=False),
 )
