@@ -14,6 +14,7 @@ from pytest_nixvm.flake.build import Secret
 from pytest_nixvm.flake.variant import secrets_of
 
 __all__ = [
+    "VALUES",
     "Declared",
     "FileSystem",
     "Firewall",
@@ -21,7 +22,6 @@ __all__ = [
     "Real",
     "Ssh",
     "User",
-    "VALUES",
     "value_file",
 ]
 
