@@ -73,6 +73,7 @@ class Unit:
     wanted: tuple[str, ...] = ()
     alias: str = ""
     defined: bool = False
+    masked: bool = False
 
     @property
     def full(self) -> str:
@@ -113,11 +114,12 @@ def compare_units(store: Store, base: Path, candidate: Path) -> UnitDifference:
     had = {name for name, unit in before.items() if unit.defined}
     has = {name for name, unit in after.items() if unit.defined}
     changed = []
-    for name in sorted((before.keys() & after.keys()) - (had ^ has)):
-        old, new = before[name], after[name]
+    for name in sorted((before.keys() | after.keys()) - (had ^ has)):
+        old, new = before.get(name, Unit()), after.get(name, Unit())
         # An alias's text is the other unit's, which is listed by its own name.
-        differs = old.alias != new.alias if old.alias or new.alias else old.full != new.full
-        if differs:
+        aliases = old.alias or new.alias
+        differs = old.alias != new.alias if aliases else old.full != new.full
+        if differs or old.masked != new.masked:
             changed.append(_change(store, name, old, new))
     return UnitDifference(
         tuple(sorted(has - had)),
@@ -163,6 +165,7 @@ def read_units(store: Store, toplevel: Path) -> dict[str, Unit]:
             wanted=tuple(sorted(wanted.get(name, []))),
             alias=aliases.get(name, ""),
             defined=name in texts and name not in masked,
+            masked=name in masked,
         )
         for name in {*texts, *wanted, *masked}
     }
@@ -203,13 +206,15 @@ def _change(store: Store, name: str, old: Unit, new: Unit) -> UnitChange:
                 continue
             kinds.add(_weight(section, key, one, other))
             before, after = "\n".join(one or ()), "\n".join(other or ())
-            found = {file for file, _, _ in _followed(store, before, after, set())}
+            found = {file for file, _, _ in changed_files(store, before, after)}
             files |= found
             if one is None or other is None or store.plain(before) != store.plain(after):
                 keys.append(f"{section}.{key}")
             elif not found:
                 rebuilt.append(f"{section}.{key}")
     keys += sorted({*old.wanted} ^ {*new.wanted})
+    if old.masked != new.masked:  # one that is defined elsewhere, or it would come or go
+        keys.append("masked" if new.masked else "not masked")
     if old.alias != new.alias:
         keys.append(f"alias of {new.alias or old.alias}")
     kind: Kind = "restart" if "restart" in kinds else "reload" if "reload" in kinds else "none"
@@ -262,7 +267,7 @@ def text_difference(name: str, before: str, after: str, store: Store) -> str:
 
     The hashes of store paths are left out. A file that only one of them names is not shown.
     """
-    parts = [(name, before, after), *_followed(store, before, after, set())]
+    parts = [(name, before, after), *changed_files(store, before, after)]
     return "".join(
         _unified(what, store.plain(one), store.plain(other)) for what, one, other in parts
     )
@@ -275,14 +280,18 @@ def _unified(name: str, before: str, after: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _followed(
-    store: Store, before: str, after: str, seen: set[Path], depth: int = _DEPTH
-) -> list[tuple[str, str, str]]:
+def changed_files(store: Store, before: str, after: str) -> list[tuple[str, str, str]]:
     """Return (name, text before, text after) of the files that differ and that both texts name.
 
     They belong together if all but their hash is the same. Only what is text: scripts and
-    configuration files, not programs. `seen` are those that are not looked at again.
+    configuration files, not programs; and what these name in turn.
     """
+    return _followed(store, before, after, set())
+
+
+def _followed(
+    store: Store, before: str, after: str, seen: set[Path], depth: int = _DEPTH
+) -> list[tuple[str, str, str]]:
     old = {store.plain(path): Path(path) for path in store.paths(before)}
     found = []
     for path in dict.fromkeys(store.paths(after)):
