@@ -7,21 +7,20 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError
 from pytest_nixvm.flake import explain
 from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
+from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
 from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
+from pytest_nixvm.flake.slirp import network_options
 from pytest_nixvm.flake.variant import Variant, let_go, secrets_of
 from pytest_nixvm.flake.words import listed, near, nix_list, nix_value
 from pytest_nixvm.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    from pytest_nixvm.flake.declared import Declared
 
 __all__ = ["Flake", "MachineInfo", "VmBuild"]
 
@@ -164,8 +163,6 @@ class Flake:
         Raises:
             FlakeError, EvaluationError: as `build` does.
         """
-        from pytest_nixvm.flake.declared import Declared
-
         return Declared.from_json(self._ask(self._info(name), "declared"))
 
     def options(self, name: str) -> dict[str, str]:
@@ -396,7 +393,7 @@ class Flake:
             built=built,
             boot_loader=plan["bootLoader"],
             carries=tuple(map(Path, plan["carries"])),
-            network_options=_network(plan["network"]),
+            network_options=network_options(plan["network"]),
             secrets=secrets_of(plan["secrets"]),
         )
 
@@ -420,11 +417,3 @@ def _is_built(plan: Mapping[str, Any], root: Path) -> bool:
 
 def _can_realise(plan: Mapping[str, Any]) -> bool:
     return Path(plan["output"]).exists() or Path(plan["derivation"]).exists()
-
-
-def _network(found: Any) -> str:
-    if found is None:
-        return ""
-    from pytest_nixvm.flake.slirp import network_options
-
-    return network_options(found)

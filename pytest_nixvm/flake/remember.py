@@ -96,7 +96,7 @@ class Memory:
 def _plugin() -> list[str]:
     """Return what identifies this plugin: its version and the Nix it ships."""
     digest = hashlib.blake2b()
-    for path in sorted(MODULES.glob("*.nix")):
+    for path in sorted(path for path in MODULES.iterdir() if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     try:
         version = metadata.version("pytest-nixvm")

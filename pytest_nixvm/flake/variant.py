@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def let_go(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def secrets_of(found: Sequence[dict[str, Any]]) -> tuple[Secret, ...]:
+def secrets_of(found: Sequence[Mapping[str, Any]]) -> tuple[Secret, ...]:
     """Return what modules/secrets.nix found."""
     return tuple(
         Secret(

@@ -258,6 +258,7 @@ def test_a_module_folder_is_all_that_is_shipped() -> None:
         "options.nix",
         "overrides.nix",
         "secrets.nix",
+        "secrets.sh",
         "target.nix",
     ]
     assert sys.executable

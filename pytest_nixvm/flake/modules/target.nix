@@ -5,12 +5,8 @@ let
     unsafeDiscardStringContext;
 
   overrides = import ./overrides.nix;
-  interface =
-    if builtins.pathExists ./interface.nix then import ./interface.nix
-    else { find = _: null; overrides = _: [ ]; };
-  secret =
-    if builtins.pathExists ./secrets.nix then import ./secrets.nix
-    else { find = _: _: [ ]; overrides = _: _: [ ]; };
+  interface = import ./interface.nix;
+  secret = import ./secrets.nix;
 
   # The platform a NixOS configuration is for. Evaluates little more than its `nixpkgs` options;
   # null where the configuration does not say.
@@ -28,6 +24,11 @@ let
   has = path: value:
     path == [ ] || (isAttrs value && value ? ${head path} && has (tail path) value.${head path});
   get = path: value: if path == [ ] then value else get (tail path) value.${head path};
+
+  # Whether it is an option, or in one.
+  declares = path: options:
+    isAttrs options && (options._type or null == "option"
+      || path != [ ] && options ? ${head path} && declares (tail path) options.${head path});
 
   # The first of `paths` that exists, null if none does.
   firstOf = paths:
@@ -131,9 +132,9 @@ let
         ++ (if freezable then overrides.freezable else [ ])
         ++ interface.overrides config
         ++ secret.overrides config secrets;
-      # What merges is told from nothing by whoever asks for it, and may be a new member of a set.
+      # What merges adds to a value: that there is something to add, its own file has found out.
       differs = o:
-        if o.merge or false then has (genList (elemAt o.option) (length o.option - 1)) config
+        if o.merge or false then declares o.option given.options
         else has o.option config && get o.option config != o.value;
       needed =
         if !changeable then [ ] else filter (o: differs o && (o.only or (_: true)) config) wanted;
@@ -236,7 +237,8 @@ in
       nixos = get path target;
       shape = shapeOf false nixos;
     in
-    import ./declared.nix {
+    if kindOf nixos != "nixos" then { } # a bare derivation, about which nothing is known
+    else import ./declared.nix {
       real = nixos.config;
       vm = if shape == null then nixos.config else shape.configOf nixos;
     };
