@@ -176,7 +176,7 @@ let
       byUnit = (config.systemd.sysusers.enable or false) == true || (config.services.userborn.enable or false) == true;
       services = config.systemd.services or { };
       # A unit that somebody only orders others by is not one that installs anything.
-      installs = name: has services name && services.${name}.serviceConfig ? ExecStart;
+      installs = name: has services name && (services.${name}.serviceConfig or { }) ? ExecStart;
       hookScript = script "hook" (lines true (by "hook"));
     in
     concatLists [
