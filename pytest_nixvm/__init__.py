@@ -16,19 +16,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytest_nixvm import errors
+    from pytest_nixvm.change import Change
+    from pytest_nixvm.checks import Check, Checked
     from pytest_nixvm.fixtures import template
+    from pytest_nixvm.flake.build import Secret
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.guest.result import CommandResult
     from pytest_nixvm.machine import Machine
+    from pytest_nixvm.secrets import Secrets
     from pytest_nixvm.settings import Settings
     from pytest_nixvm.snapshots import Snapshot
 
-__all__ = ["CommandResult", "Fleet", "Machine", "Settings", "Snapshot", "errors", "template"]
+__all__ = [
+    "Change",
+    "Check",
+    "Checked",
+    "CommandResult",
+    "Fleet",
+    "Machine",
+    "Secret",
+    "Secrets",
+    "Settings",
+    "Snapshot",
+    "errors",
+    "template",
+]
 
 _HOMES = {
+    "Change": "pytest_nixvm.change",
+    "Check": "pytest_nixvm.checks",
+    "Checked": "pytest_nixvm.checks",
     "CommandResult": "pytest_nixvm.guest.result",
     "Fleet": "pytest_nixvm.fleet",
     "Machine": "pytest_nixvm.machine",
+    "Secret": "pytest_nixvm.flake.build",
+    "Secrets": "pytest_nixvm.secrets",
     "Settings": "pytest_nixvm.settings",
     "Snapshot": "pytest_nixvm.snapshots",
     "template": "pytest_nixvm.fixtures",

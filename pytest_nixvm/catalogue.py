@@ -7,19 +7,17 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
+from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
+from pytest_nixvm.flake.revision import base_reference
 from pytest_nixvm.output import Output
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.settings import Generations, Settings
-
-if TYPE_CHECKING:
-    from pytest_nixvm.flake.declared import Declared
 
 
 class Catalogue:
@@ -83,8 +81,6 @@ class Catalogue:
                 if text == self.settings.flake:
                     reference = FlakeReference.parse(text, Path.cwd())
                 else:
-                    from pytest_nixvm.flake.revision import base_reference
-
                     reference = base_reference(text, self.flake.reference, Path.cwd())
                 self._flakes[text] = Flake(
                     reference,
@@ -191,9 +187,9 @@ class Catalogue:
     ) -> VmBuild:
         if generations is not None:
             raise TypeError("a catalogue has one generation; Deployments has more")
-        more = {}  # TEMPORARY until Flake.build takes them
-        if boot_loader:
-            more["boot_loader"] = boot_loader
-        if self.more_secrets(name):
-            more["secrets"] = self.more_secrets(name)
-        return self.flake.build(name, freezable=freezable, **more)
+        return self.flake.build(
+            name,
+            freezable=freezable,
+            boot_loader=boot_loader,
+            secrets=self.more_secrets(name),
+        )

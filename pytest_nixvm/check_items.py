@@ -35,6 +35,34 @@ class CheckWarning(UserWarning):
 # --- collection ----------------------------------------------------------------------------------
 
 
+class Collection:
+    """A plugin that adds the checks to what is collected, before anything selects from it.
+
+    `wanted` names checks (all if it is empty); with `only` nothing else is run.
+    """
+
+    def __init__(self, wanted: Sequence[str], only: bool) -> None:
+        self.wanted = list(wanted)
+        self.only = only
+
+    def told(self) -> dict[str, object]:
+        """Return what makes the same in a worker of xdist's."""
+        return {"wanted": self.wanted, "only": self.only}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Add the checks."""
+        run = config.stash[RUN]
+        if self.only:
+            items.clear()
+        try:
+            items += collect(run, session, self.wanted)
+        except UserError as error:
+            run.mistake(error)
+
+
 def take_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell pytest's positional arguments from those that name checks: (rest, wanted)."""
     wanted = [word for word in arguments if _is_ours(word)]

@@ -77,9 +77,23 @@ class Deployments(Catalogue):
             )
         return build
 
-    def difference(self, base: VmBuild, candidate: VmBuild) -> Difference:
-        """Return what differs between two builds' systems. Raises `EvaluationError`."""
-        raise NotImplementedError
+    def difference(
+        self, name: str, deployed: str, reference: str, base: VmBuild, candidate: VmBuild
+    ) -> Difference:
+        """Return what differs between two builds' systems, made of the flakes at two references.
+
+        Options that differ are asked for when they are looked at. Raises as `difference` does.
+        """
+        from pytest_nixvm.flake.difference import difference
+
+        def options() -> tuple[dict[str, str], dict[str, str]]:
+            old, there = self._base(deployed, name)
+            new = self.flake_of(reference)
+            return old.options(there), new.options(self._name_in(new, name))
+
+        if base.toplevel is None or candidate.toplevel is None:
+            raise ChangeError(f"{name} has no system that could be compared.")
+        return difference(self.nix, base.toplevel, candidate.toplevel, options=options)
 
     def _base(self, reference: str, name: str) -> tuple[Flake, str]:
         """Return the flake of the deployed generation, and the machine's name there."""

@@ -11,6 +11,7 @@ import pytest
 from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError
 from pytest_nixvm.items import TEMPLATE_OF, marked_machines
 from pytest_nixvm.run import RUN, fail
+from pytest_nixvm.secrets import Secrets
 from pytest_nixvm.snapshots import check_prepare
 
 if TYPE_CHECKING:
@@ -155,6 +156,15 @@ def agent(vm: Machine) -> Agent:
 def qmp(vm: Machine) -> Monitor:
     """QEMU's monitor of the test's machine."""
     return vm.qmp
+
+
+@pytest.fixture
+def nixvm_secrets(vm: Machine) -> Secrets:
+    """The secrets of the test's machine: what it was given, and `nixvm_secrets["name"] = "value"`.
+
+    For another machine: `pytest_nixvm.Secrets(machine)`.
+    """
+    return Secrets(vm)
 
 
 @pytest.fixture

@@ -313,9 +313,12 @@ class Fleet(Deployments):
         """Return the change of a machine that runs the base of `request.generations`."""
         from pytest_nixvm.change import Change
 
-        base = machine.build
-        new = self.candidate(machine.name, candidate, base, boot_loader=request.boot_loader)
-        return Change(machine, base, new, partial(self.difference, base, new))
+        name, base = machine.name, machine.build
+        new = self.candidate(name, candidate, base, boot_loader=request.boot_loader)
+        deployed = request.generations.base if request.generations is not None else candidate
+        return Change(
+            machine, base, new, partial(self.difference, name, deployed, candidate, base, new)
+        )
 
     # --- snapshots -------------------------------------------------------------------------------
 

@@ -55,6 +55,11 @@ def item_machines(item: pytest.Item) -> list[str]:
     return prepared
 
 
+def is_check(item: pytest.Item) -> bool:
+    """Whether an item is one of the checks of --nixvm-check."""
+    return hasattr(item, "nixvm_machines")
+
+
 def prepared_machines(item: pytest.Item) -> list[str]:
     """Return the machines that fixtures of `template` prepare for a test, where they are named."""
     info = getattr(item, "_fixtureinfo", None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_nixvm import hookspecs
 from pytest_nixvm.errors import UserError
 from pytest_nixvm.fixtures import (
     agent,
@@ -21,6 +22,7 @@ from pytest_nixvm.fixtures import (
     nixvm,
     nixvm_machine,
     nixvm_output,
+    nixvm_secrets,
     qmp,
     serial,
     ssh,
@@ -42,6 +44,7 @@ __all__ = [
     "nixvm",
     "nixvm_machine",
     "nixvm_output",
+    "nixvm_secrets",
     "qmp",
     "serial",
     "ssh",
@@ -53,6 +56,11 @@ MARKER = (
     "user=None): run the test on these machines of the flake, each in a VM with these properties "
     "(memory in MiB); user is who the ssh fixture logs in as."
 )
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare the hooks that a conftest.py may implement."""
+    pluginmanager.add_hookspecs(hookspecs)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,6 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
     run = config.stash[RUN] = Run(config, settings)
+    _take_checks(config, settings.check)
     if config.pluginmanager.hasplugin("pytest11.testinfra"):
         # For its own `host` fixture, --hosts=nixvm://NAME; our side is imported when needed.
         import testinfra.backend
@@ -93,6 +102,22 @@ def pytest_configure(config: pytest.Config) -> None:
         testinfra.backend.BACKENDS["nixvm"] = "pytest_nixvm.infra.NixvmBackend"
     if not run.is_worker:
         config.pluginmanager.register(Session(run), "nixvm-session")
+
+
+def _take_checks(config: pytest.Config, every: bool) -> None:
+    """Have checks collected: those that the command line names, all with --nixvm-check."""
+    from pytest_nixvm.check_items import MARKER as CHECK_MARKER
+    from pytest_nixvm.check_items import Collection, take_arguments
+
+    config.addinivalue_line("markers", CHECK_MARKER)
+    told = getattr(config, "workerinput", {}).get("nixvm_checks")
+    if told is None:
+        rest, wanted = take_arguments(config.args)
+        told = {"wanted": wanted, "only": bool(wanted) and not rest}
+        if wanted:
+            config.args = rest
+    if every or told["wanted"]:
+        config.pluginmanager.register(Collection(**told), "nixvm-checks")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -215,6 +240,9 @@ def pytest_terminal_summary(
 def pytest_configure_node(node: WorkerController) -> None:
     """Tell a worker the flake's machines and the run's output directory."""
     node.workerinput["nixvm"] = node.config.stash[RUN].for_worker()
+    checks = node.config.pluginmanager.getplugin("nixvm-checks")
+    if checks is not None:
+        node.workerinput["nixvm_checks"] = checks.told()
 
 
 @pytest.hookimpl(optionalhook=True)

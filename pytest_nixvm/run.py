@@ -20,6 +20,7 @@ from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, U
 from pytest_nixvm.items import (
     PARAMETER,
     Mistake,
+    is_check,
     item_machines,
     marked_machines,
     module_of,
@@ -119,6 +120,10 @@ class Run:
         )
         if told:
             fleet.unchanged = tuple(told["unchanged"])
+        hook = self.config.hook.pytest_nixvm_secrets
+        fleet.more_secrets = lambda name: tuple(
+            secret for secrets in hook(machine=name) for secret in secrets or ()
+        )
         fleet.on_start = self._started
         fleet.on_end = self._ended
         return fleet
@@ -172,6 +177,10 @@ class Run:
             return True
         # A name that nobody knows is not left out: `check` says that it is wrong.
         return selected.issuperset(names) or every.isdisjoint(names)
+
+    def mistake(self, error: UserError) -> None:
+        """Keep a mistake for `check`: raised while collecting it would end in a traceback."""
+        self._problems.append(str(error))
 
     def check(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         """Raise `pytest.UsageError` for the mistakes that were found while collecting."""
@@ -228,7 +237,8 @@ class Run:
             dict.fromkeys(
                 (name, request)
                 for item in items
-                if item.get_closest_marker("skip") is None
+                # A check says by itself that its machine can't be built; others go on.
+                if item.get_closest_marker("skip") is None and not is_check(item)
                 for request in self._requests(item)
                 for name in item_machines(item)
             )
