@@ -42,6 +42,9 @@ def secret(user: dict[str, Any]) -> str:
     return "!"
 
 
+# Numbers that are chosen here: an account that is there keeps the one it has (activate-users.awk).
+automatic = [f"group:{g['name']}" for g in groups if g["gid"] is None]
+automatic += [f"passwd:{u['name']}" for u in users if u["uid"] is None]
 taken = {g["gid"] for g in groups if g["gid"] is not None}
 system_gids = free(range(999, 399, -1), taken)
 for group in groups:
@@ -80,6 +83,7 @@ def passwd_line(user: dict[str, Any]) -> str:
 write("passwd", map(passwd_line, users))
 write("group", (f"{g['name']}:x:{g['gid']}:{','.join(sorted(members[g['name']]))}" for g in groups))
 write("shadow", (f"{u['name']}:{secret(u)}:1::::::" for u in users))
+write("automatic", automatic)
 # Accounts whose password the configuration decides even when users are mutable.
 write("fixed", (u["name"] for u in users if u["password"] or u["hashedPassword"]))
 homes = ((u, gids[u["group"]]) for u in users if u["createHome"])

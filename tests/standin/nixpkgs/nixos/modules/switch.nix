@@ -3,6 +3,7 @@
 let
   inherit (lib) mkOption types;
   cfg = config.system;
+  net = config.networking;
   # Shown to the user as nixpkgs does; JSON by awk, for there is no jq: one object of strings.
   inhibitors = ''
     incoming="''${1-}"
@@ -42,6 +43,7 @@ let
       echo " done"
     fi
   '';
+  text = name: config.environment.etc.${name}.text;
   program = pkgs.standin.run "switch-to-configuration" { } ''
     mkdir -p $out; cp ${./switch-to-configuration.sh} $out/main.sh; cp ${./switch.awk} $out/plan.awk
   '';
@@ -105,6 +107,31 @@ in {
           ExecStart = "/usr/bin/systemd-tmpfiles --create --remove --exclude-prefix=/dev";
           SuccessExitStatus = "DATAERR CANTCREAT";
         };
+      };
+    }
+    {
+      # What NixOS's modules say about services that have changed.
+      systemd.services = {
+        "getty@".restartIfChanged = false;
+        "serial-getty@".restartIfChanged = false;
+        systemd-journald = { restartTriggers = [ (text "systemd/journald.conf") ]; stopIfChanged = false; };
+        systemd-udevd = {
+          restartTriggers = [ (text "udev/rules.d/99-local.rules") ];
+          stopIfChanged = false;
+          notSocketActivated = true;
+        };
+        systemd-sysctl = lib.mkIf (config.boot.kernel.sysctl != { }) { restartTriggers = [ (text "sysctl.d/60-nixos.conf") ]; };
+        systemd-modules-load = lib.mkIf (config.boot.kernelModules != [ ]) {
+          restartTriggers = [ (text "modules-load.d/nixos.conf") ];
+        };
+        sshd = lib.mkIf (config.services.openssh.enable && !config.services.openssh.startWhenNeeded) {
+          restartTriggers = [ (text "ssh/sshd_config") ];
+          stopIfChanged = false;
+        };
+        dhcpcd = lib.mkIf (net.useDHCP || lib.any (i: i.useDHCP == true) (lib.attrValues net.interfaces)) {
+          stopIfChanged = false;
+        };
+        firewall = lib.mkIf net.firewall.enable { reloadIfChanged = true; };
       };
     }
   ];

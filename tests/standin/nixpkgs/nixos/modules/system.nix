@@ -183,10 +183,11 @@ in {
       };
     };
     system.activationScripts.etc = {
-      deps = [ "users" ];
+      deps = [ "users" "usr" ];
       text = "etc=${cfg.build.etc}\nsource ${./activate-etc.sh}\n";
     };
     system.activationScripts.specialfs.text = "";
+    system.activationScripts.usr.text = "source ${./activate-usr.sh}\n";
     # Set here and not by systemd alone: a switch to another name takes effect.
     system.activationScripts.hostname.text = lib.optionalString (config.networking.hostName != "") ''
       echo ${lib.escapeShellArg config.networking.hostName} > /proc/sys/kernel/hostname

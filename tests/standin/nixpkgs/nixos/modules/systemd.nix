@@ -90,8 +90,14 @@ let
   serviceText = name: u:
     let
       # A path of its own for each: a unit is another one when its own script is, not with any change anywhere.
-      file = step: "${pkgs.writeScript (scriptName "unit-script-${name}-${steps.${step}}")
-        "#!${pkgs.runtimeShell}\nset -e\n${u.${step}}\n"}";
+      file = step:
+        let script = scriptName "${name}-${steps.${step}}"; in
+        "${pkgs.writeTextFile {
+          name = "unit-script-${script}";
+          executable = true;
+          destination = "/bin/${script}";
+          text = "#!${pkgs.runtimeShell}\nset -e\n${u.${step}}\n";
+        }}/bin/${script}";
       when = step: key: value: optionalAttrs (u.${step} != "") { ${key} = value; };
       environment = {
         PATH = lib.concatMapStringsSep ":" (p: "${toString p}/bin") (u.path ++ defaultPath);

@@ -110,7 +110,7 @@ in {
     system.build.accounts = accounts;
     system.activationScripts.users = {
       text = ''
-        accounts=${accounts} mutable=${lib.optionalString cfg.mutableUsers "1"}
+        accounts=${accounts} mutable=${lib.optionalString cfg.mutableUsers "1"} merge=${./activate-users.awk}
         source ${./activate-users.sh}
       '';
     };
