@@ -50,6 +50,14 @@ def ssh(checked: Checked) -> None:
     if declared.ssh is None:
         raise DoesNotApply(f"{checked.name} has no sshd (services.openssh.enable).")
     vm = checked.vm
+    if not any(declared.firewall.opens(port, declared.interface) for port in declared.ssh.ports):
+        for port in declared.ssh.ports:
+            vm.wait_for_open_port(port, timeout=30)
+        checked.warn(
+            f"sshd of {checked.name} listens, but its configuration does not open it to the "
+            "outside, so no log-in was tried"
+        )
+        return
     try:
         connection: Ssh = vm.ssh
     except SshError as error:

@@ -21,6 +21,8 @@ _KILLED = re.compile(
     r"(\S+): State '(?:stop|final)-\S+' timed out\. (?:Killing|Aborting|Terminating)"
 )
 _UNMOUNTED = re.compile(r"(?:Failed to unmount|Failed unmounting|Could not unmount)[^\r\n]*", re.I)
+# What the running system itself lies on, and what every VM has: these stay mounted to the end.
+_STAYS = re.compile(r"/(?:usr|nix(?:/\S*)?|tmp/(?:xchg|shared)|run(?:/\S*)?|oldroot\S*)?[:.]?$")
 _REMAINED = re.compile(r"Sending SIGKILL to PID \d+ \(([^)\r\n]+)\)")
 _STOPPING = re.compile(
     r"A stop job is running for ([^\r\n(]+?)\s*\((?:(\d+)min )?(?:(\d+)s)? / (?:(\d+)min ?)?"
@@ -31,7 +33,11 @@ _STOPPING = re.compile(
 def shutdown_trouble(console: str) -> list[str]:
     """Return what a console shows of a shutdown that was not clean."""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console)
-    found = [match[0].strip() for match in _UNMOUNTED.finditer(plain)]
+    found = [
+        match[0].strip()
+        for match in _UNMOUNTED.finditer(plain)
+        if not any(_STAYS.fullmatch(word) for word in match[0].split())
+    ]
     found += [f"{match[1]} had to be killed at the very end" for match in _REMAINED.finditer(plain)]
     for name, minutes, seconds, of_minutes, of_seconds in _STOPPING.findall(plain):
         took = 60 * int(minutes or 0) + int(seconds or 0)

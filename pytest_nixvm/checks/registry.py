@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pytest_nixvm.checks.base import Check
 from pytest_nixvm.checks.channels import agent, boots, ssh
+from pytest_nixvm.checks.ignored import ignored_configuration
+from pytest_nixvm.checks.logins import log_in
+from pytest_nixvm.checks.ports import ports
 from pytest_nixvm.checks.power import reboot, shutdown
 from pytest_nixvm.checks.units import failed_units, home_manager, restart_loops
 
@@ -12,6 +15,9 @@ BUILT_IN: tuple[Check, ...] = (
     Check("failed-units", failed_units),
     Check("agent", agent),
     Check("ssh", ssh),
+    Check("ports", ports),
+    Check("log-in", log_in),
+    Check("ignored-configuration", ignored_configuration),
     Check("home-manager", home_manager),
     Check("restart-loops", restart_loops),
     Check("reboot", reboot, shared=False),
