@@ -42,13 +42,12 @@ _MODULE = re.compile(
 _PARAMETERS = re.compile(r"Unknown kernel command line parameters \"([^\"]*)\"")
 
 # What a userland of NixOS reads from the kernel's command line, though the kernel does not know it.
-_USER_SPACE = frozenset(
-    """
-    splash rhgb BOOT_IMAGE copytoram findiso debugtrace shell allowShell single emergency rescue
-    1 2 3 4 5 s S fastboot forcefsck fsck nofail auto toram live boottrace debug1 debug1mounts
-    debug1devices panic_on_fail stage1panic regInfo selinux apparmor net ip ifname netroot nfsroot
-    """.split()
-)
+_WORDS = """
+splash rhgb BOOT_IMAGE copytoram findiso debugtrace shell allowShell single emergency rescue 1 2 3 4
+5 s S fastboot forcefsck fsck nofail auto toram live boottrace debug1 debug1mounts debug1devices
+panic_on_fail stage1panic regInfo selinux apparmor net ip ifname netroot nfsroot
+"""
+_USER_SPACE = frozenset(_WORDS.split())
 
 
 @dataclass
