@@ -9,6 +9,8 @@ status=0
 kept=()
 marks=()
 real=()
+again= # whether this has run since the machine booted
+[[ ! -e $installed ]] || again=1
 
 # A dry activation must not change anything.
 if [[ ${NIXOS_ACTION-} == dry-activate ]]; then exit 0; fi
@@ -53,11 +55,15 @@ put() { # source path file mode owner group restart reload
     ln -sfn "$file" "$path"
     kept+=("$path")
   fi
-  # As sops-nix asks for it; not while booting, when nothing runs yet.
-  if [[ $changed && -e /run/current-system && ${NIXOS_ACTION-} ]]; then
+  # As sops-nix asks for it. Not while booting, when nothing runs yet.
+  [[ $changed && $again ]] || return 0
+  if [[ ${NIXOS_ACTION-} ]]; then # part of a switch, which does it
     [[ -d /run/nixos ]] || mkdir -p /run/nixos
     for unit in $7; do echo "$unit" >> /run/nixos/activation-restart-list; done
     for unit in $8; do echo "$unit" >> /run/nixos/activation-reload-list; done
+  elif [[ ${SOPS_RESTART_UNITS_VIA_SYSTEMCTL-} ]]; then # a unit of its own
+    for unit in $7; do systemctl --no-block try-restart "$unit"; done
+    for unit in $8; do systemctl --no-block try-reload-or-restart "$unit"; done
   fi
 }
 
@@ -87,6 +93,6 @@ finish() { # what an earlier generation had and this one has not is gone, as wit
       rm -f "$old"
     done < "$installed"
   fi
-  (( ${#kept[@]} == 0 )) || printf '%s\n' "${kept[@]}" > "$installed"
+  if (( ${#kept[@]} )); then printf '%s\n' "${kept[@]}"; fi > "$installed"
   exit "$status"
 }
