@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pytest_nixvm.flake import explain
 from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
+from pytest_nixvm.flake.naming import candidates, no_such_attribute
 from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
@@ -198,7 +198,7 @@ class Flake:
         return tuple(found)
 
     def _named(self, attribute: str) -> MachineInfo:
-        paths = self._candidates(attribute)
+        paths = candidates(attribute, self.nix.system)
         answer, _ = self._evaluator.ask(
             f"describe {attribute}",
             f"this.describe [ {' '.join(map(nix_list, paths))} ]",
@@ -206,7 +206,7 @@ class Flake:
             attribute=attribute,
         )
         if not answer["found"]:
-            raise FlakeError(self._no_such_attribute(attribute, answer["siblings"]))
+            raise FlakeError(no_such_attribute(self._evaluator.what, attribute, answer["siblings"]))
         path: list[str] = answer["path"]
         text = attribute_text(path)
         if answer["kind"] == "other":
@@ -216,15 +216,6 @@ class Flake:
             )
         name = path[1] if path[0] == "nixosConfigurations" and len(path) > 1 else path[-1]
         return MachineInfo(name, text, *self._runs(answer["system"]))
-
-    def _candidates(self, attribute: str) -> list[list[str]]:
-        """Where an attribute is looked for: machines first, then as nix does."""
-        path = attribute_path(attribute.removeprefix("."))
-        if attribute.startswith(".") or path[0] == "nixosConfigurations":
-            return [path]
-        system = self.nix.system
-        machine = [["nixosConfigurations", *path]] if len(path) == 1 else []
-        return [*machine, ["packages", system, *path], ["legacyPackages", system, *path], path]
 
     def _runs(self, system: str | None) -> tuple[str, str | None]:
         """Return the system, and why it can't run here, if so."""
@@ -246,27 +237,6 @@ class Flake:
             f"{self._evaluator.what} has no machine {name}{near(name, names)} "
             f"It has: {listed(names)}."
         )
-
-    def _no_such_attribute(self, attribute: str, siblings: Sequence[Sequence[str]]) -> str:
-        wanted = attribute_path(attribute.removeprefix("."))
-        machines = sorted({p[1] for p in siblings if len(p) == 2 and p[0] == "nixosConfigurations"})
-        others = [attribute_text(list(path)) for path in siblings]
-        by_last_name = {path[-1]: attribute_text(list(path)) for path in siblings}
-        is_machine = len(wanted) == 1 or wanted[0] == "nixosConfigurations"
-        found = difflib.get_close_matches(wanted[-1], machines, 3, 0.6) if is_machine else []
-        found = found or difflib.get_close_matches(attribute, others, 3, 0.7)
-        found = found or [
-            by_last_name[last]
-            for last in difflib.get_close_matches(wanted[-1], list(by_last_name), 3, 0.7)
-        ]
-        text = f"{self._evaluator.what} has no {attribute}."
-        if found:
-            text += f" Did you mean {' or '.join(found)}?"
-        if is_machine and machines:
-            text += f" Its machines are: {listed(machines)}."
-        elif others and not found:
-            text += f" There is: {listed(others)}."
-        return text
 
     # --- builds ------------------------------------------------------------------------------
 
