@@ -138,7 +138,7 @@ def test_the_secrets_that_a_configuration_declares() -> None:
     api = by_name["web/api"]
     assert (api.path, api.owner, api.group, api.mode) == ("/var/lib/app/key", ME, OURS, "0440")
     assert api.restart_units == ("app.service", "b.service")
-    assert (by_name["wg"].owner, by_name["wg"].group) == ("7", "0")
+    assert (by_name["wg"].owner, by_name["wg"].group) == ("7", "root")
     assert by_name["token"].provider == "hook"
 
 

@@ -17,6 +17,8 @@ let
   text = value: unsafeDiscardStringContext (toString value);
   optional = condition: value: if condition then [ value ] else [ ];
 
+  # Both modules call root 0.
+  named = owner: if text owner == "0" then "root" else text owner;
   orId = name: id: if name != null then text name else if id == null then "0" else text id;
 
   # Where the value really is, and `path`, which is a link to it where that is another place.
@@ -25,8 +27,8 @@ let
     inherit provider early;
     path = text path;
     file = text file;
-    owner = text owner;
-    group = text group;
+    owner = named owner;
+    group = named group;
     mode = text mode;
     restartUnits = map text (s.restartUnits or (s.restart_units or [ ]));
     reloadUnits = map text (s.reloadUnits or (s.reload_units or [ ]));
