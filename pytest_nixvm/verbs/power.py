@@ -198,7 +198,11 @@ class Power(Guest):
             if self._on is not None and self._on.qemu.alive:
                 raise MachineError(f"{self.name} runs: it can be another build after a shutdown.")
             self.build = build
-            self.spec = replace(self.spec, start_script=build.start_script)
+            self.spec = replace(
+                self.spec,
+                start_script=build.start_script,
+                network_options=build.network_options,
+            )
 
     def crash(self) -> None:
         """Cut the power: QEMU ends at once, nothing in the guest is told.
