@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -216,7 +216,7 @@ class MachineChecks(pytest.Collector):
             item.prepare(check, self.machine)
             for off in self.off:
                 if fnmatchcase(self.machine.name, off.machine) and off.check in ("*", check.name):
-                    reason = f"nixvm_check_off: {off.reason}"
+                    reason = f"{self.machine.name}::{check.name} is turned off: {off.reason}"
                     item.add_marker(pytest.mark.skip(reason=reason))
                     break
             items.append(item)
@@ -258,11 +258,11 @@ class CheckItem(pytest.Item):
     @property
     def location(self) -> tuple[str, int | None, str]:
         """Where pytest's reports say it is."""
-        return PREFIX, None, f"{self.machine}::{self.name}"
+        return PREFIX, None, self._short
 
     def reportinfo(self) -> tuple[str, int | None, str]:
         """Return the same with a line, which pytest wants for a skipped item."""
-        return PREFIX, 0, f"{self.machine}::{self.name}"
+        return PREFIX, 0, self._short
 
     def setup(self) -> None:
         """Have the machine built, and booted where that is not itself the check."""
@@ -272,7 +272,7 @@ class CheckItem(pytest.Item):
             if self.check.shared and self.check.name != "boots":
                 _ = self._checked.vm
         except NothingToTestError as error:
-            pytest.skip(str(error))
+            self._skip(error)
         except NixvmError as error:
             fail(error)
 
@@ -287,17 +287,29 @@ class CheckItem(pytest.Item):
         from pytest_nixvm.errors import CheckFailedError
 
         checked = self._checked
+        failure = None
         try:
             self.check.run(checked)
         except (NothingToTestError, DoesNotApply) as error:
-            pytest.skip(str(error))
-        except UserError as error:
-            fail(error)
+            self._skip(error)
         except NixvmError as error:
-            kind = "" if isinstance(error, CheckFailedError) else f"{type(error).__name__}: "
-            pytest.fail(f"{kind}{error}\n{self._off_line()}", pytrace=False)
+            failure = error
         finally:
             self._tell(checked.notes)
+        # Out here, so that it is not shown as what came of handling the other.
+        if isinstance(failure, UserError):
+            fail(failure)
+        if failure is not None:
+            kind = "" if isinstance(failure, CheckFailedError) else f"{type(failure).__name__}: "
+            pytest.fail(f"{kind}{failure}\n{self._off_line()}", pytrace=False)
+
+    def _skip(self, reason: NixvmError) -> NoReturn:
+        # At the item's place; pytest.skip() would name this line as the reason's.
+        raise pytest.skip.Exception(f"{self._short}: {reason}", _use_item_location=True) from None
+
+    @property
+    def _short(self) -> str:
+        return f"{self.machine}::{self.name}"
 
     def _off_line(self) -> str:
         return (
