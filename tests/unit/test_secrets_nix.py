@@ -93,10 +93,10 @@ class Machine:
     root: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def activate(self, script: str, expect: int = 0) -> str:
+    def activate(self, script: str, expect: int = 0, bash: tuple[str, ...] = ("bash",)) -> str:
         moved = re.sub(r"/(?=(run|var|srv|etc)/)", f"{self.root}/", script)
         done = subprocess.run(
-            ["bash", "-c", moved],
+            [*bash, "-c", moved],
             capture_output=True,
             text=True,
             timeout=60,
@@ -298,6 +298,18 @@ def test_units_are_replaced_where_the_modules_use_units() -> None:
     assert "install_secret" in found[f"{unit}.preStart"]["value"]
     # Ordering it does not make it one that installs anything.
     assert f"{unit}-for-users.preStart" not in found
+
+
+@needs_root
+def test_a_unit_installs_them_under_set_e(machine: Machine) -> None:
+    """As nixpkgs runs `preStart`."""
+    found = overrides(
+        f"{SOPS} // {{ systemd.services.sops-install-secrets.serviceConfig.ExecStart = [ ]; }}"
+    )
+    script = found["systemd.services.sops-install-secrets.preStart"]["value"]
+    for _ in range(2):
+        machine.activate(script, bash=("bash", "-e"))
+    assert re.fullmatch("[0-9a-f]{64}", machine.read("/var/lib/app/key"))
 
 
 def test_the_hook_s_secrets_wait_for_the_users() -> None:
