@@ -124,6 +124,12 @@ def _boot(build: VmBuild, real: Real) -> Iterator[NotTested]:
             "none, unless virtualisation.tpm.enable is set; then an empty one",
             _NO_HARDWARE,
         )
+    if real.initrd_secrets:
+        yield NotTested(
+            f"secrets in the initrd: {_names(real.initrd_secrets)}",
+            "not there",
+            "they are files of the machine, which its boot loader adds",
+        )
     if real.initrd_network:
         yield NotTested(
             "the network in the initrd",
@@ -176,6 +182,12 @@ def _secrets(build: VmBuild, declared: Declared) -> Iterator[NotTested]:
                 if provider != "hook"
                 else "the hook names them",
             )
+    if declared.home_secrets:
+        yield NotTested(
+            f"the secrets in the homes of {_names(declared.home_secrets)}",
+            "none: the user units that would decrypt them fail",
+            "only the system's own secrets get throwaway values",
+        )
     if declared.templates:
         yield NotTested(
             f"the templates {_names(declared.templates)}",

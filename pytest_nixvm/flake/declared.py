@@ -120,6 +120,7 @@ class Real:
     secure_boot: bool = False
     tpm2: bool = False
     initrd_network: bool = False  # to unlock it from afar, say
+    initrd_secrets: tuple[str, ...] = ()  # files that its boot loader adds to the initrd
     video_drivers: tuple[str, ...] = ()
     wireless: bool = False
     bluetooth: bool = False
@@ -136,6 +137,7 @@ class Declared:
     firewall: Firewall = Firewall(enabled=False)
     users: tuple[User, ...] = ()
     home_manager: tuple[str, ...] = ()  # users
+    home_secrets: tuple[str, ...] = ()  # users whose homes have secrets that nobody replaces
     secrets: tuple[Secret, ...] = ()  # of sops-nix and agenix
     templates: tuple[str, ...] = ()  # paths of sops-nix's templates: files with secrets in them
     specialisations: tuple[str, ...] = ()
@@ -160,6 +162,7 @@ class Declared:
             firewall=_firewall(data.get("firewall") or {}),
             users=tuple(map(_user, data.get("users") or ())),
             home_manager=_texts(data, "homeManager"),
+            home_secrets=_texts(data, "homeSecrets"),
             secrets=secrets_of(data.get("secrets") or ()),
             templates=_texts(data, "templates"),
             specialisations=_texts(data, "specialisations"),
@@ -234,6 +237,7 @@ def _real(data: Mapping[str, Any]) -> Real:
         secure_boot=bool(data.get("secureBoot")),
         tpm2=bool(data.get("tpm2")),
         initrd_network=bool(data.get("initrdNetwork")),
+        initrd_secrets=_texts(data, "initrdSecrets"),
         video_drivers=_texts(data, "videoDrivers"),
         wireless=bool(data.get("wireless")),
         bluetooth=bool(data.get("bluetooth")),

@@ -37,7 +37,9 @@ LAPTOP = """rec {
     nginx.isSystemUser = true;
     gone = { isNormalUser = true; enable = false; };
   };
-  home-manager.users.alice.home.packages = throw "not looked at";
+  home-manager.users.alice = {
+    home.packages = throw "not looked at"; sops.secrets.mail = { };
+  };
   specialisation.battery.configuration = throw "not looked at";
   system.switch.enable = false;
   boot = {
@@ -67,6 +69,7 @@ def test_a_laptop() -> None:
     assert laptop.ssh == Ssh((2222,), open_firewall=False)
     assert not laptop.switchable
     assert (laptop.home_manager, laptop.specialisations) == (("alice",), ("battery",))
+    assert laptop.home_secrets == ("alice",)
     assert laptop.kernel_modules == ("kvm-intel",)
     assert laptop.interfaces == (
         Interface("enp3s0", (("192.168.1.10", 24),)),
@@ -199,8 +202,12 @@ def test_networkd() -> None:
           networks = {
             "10-wan" = {
               matchConfig.Name = "enp1s0"; address = [ "fd00::2/64" "192.0.2.7/24" ];
-              routes = [ { Gateway = "192.0.2.1"; } ];
+              routes = [
+                { Destination = "10.0.0.0/8"; routeConfig = throw "gone"; }
+                { Gateway = "192.0.2.1"; }
+              ];
             };
+            "15-broken" = throw "no";
             "20-lan" = { matchConfig.Name = "lan"; networkConfig.Address = "10.0.0.1/8"; };
             "30-any" = { matchConfig.Name = "en* eth*"; DHCP = "yes"; };
           };

@@ -117,6 +117,11 @@ in
   hostName = attempt "" (text (vm.networking.hostName or ""));
   switchable = attempt true (vm.system.switch.enable or true);
   homeManager = names (vm.home-manager.users or { });
+  # Users with secrets of their own, that Home Manager's units would decrypt.
+  homeSecrets = filter
+    (user: let home = vm.home-manager.users.${user}; in attempt false (
+      attrNames (home.sops.secrets or { }) != [ ] || attrNames (home.age.secrets or { }) != [ ]))
+    (names (vm.home-manager.users or { }));
   secrets = attempt [ ] (secrets.find vm [ ]);
   templates = secrets.templates vm;  # sops-nix's: files with secrets in them
   specialisations = names (vm.specialisation or { });
@@ -145,6 +150,7 @@ in
     bluetooth = bool (real.hardware.bluetooth.enable or false);
     tpm2 = bool (real.security.tpm2.enable or false);
     secureBoot = bool (real.boot.lanzaboote.enable or false) || bool (real.boot.loader.limine.secureBoot.enable or false);
+    initrdSecrets = names (real.boot.initrd.secrets or { });
     initrdNetwork = bool (real.boot.initrd.network.enable or false);
   };
 }

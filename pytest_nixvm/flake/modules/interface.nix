@@ -54,13 +54,14 @@ let
 
   # What networkd's units say, one entry for each interface that one of them names.
   networkd = config: concatMap
-    (network:
+    (network: attempt [ ] (
       let
         section = network.networkConfig or { };
         addresses = list (network.address or [ ]) ++ list (section.Address or null)
-          ++ map (a: a.Address or (a.addressConfig.Address or null)) (list (network.addresses or [ ]));
+          ++ map (a: a.Address or (attempt null (a.addressConfig.Address or null))) (list (network.addresses or [ ]));
         gateways = list (network.gateway or [ ]) ++ list (section.Gateway or null)
-          ++ map (r: r.Gateway or (r.routeConfig.Gateway or null)) (list (network.routes or [ ]));
+          # The inner set is what nixpkgs had up to 24.05; it throws where it is gone.
+          ++ map (r: r.Gateway or (attempt null (r.routeConfig.Gateway or null))) (list (network.routes or [ ]));
         plain = filter isPlain (concatMap words (list (network.matchConfig.Name or (network.name or null))));
       in
       map
@@ -71,7 +72,7 @@ let
             else if section ? DHCP then isDhcp section.DHCP else null;
           gateways = filter isString gateways;
         })
-        plain)
+        plain))
     (if (config.systemd.network.enable or false) == true then values (config.systemd.network.networks or { }) else [ ]);
   words = text: if isString text then filter (w: isString w && w != "") (builtins.split " +" text) else [ ];
 
@@ -89,8 +90,8 @@ let
   declared = config:
     let
       # One by one: an interface that throws does not hide the others.
-      every = concatMap (entry: list (attempt null entry)) (attempt [ ] (scripted' config) ++ attempt [ ] (networkd config));
-      scripted' = config: scripted config;
+      each = entries: concatMap (entry: list (attempt null entry)) (let tried = tryEval entries; in if tried.success then tried.value else [ ]);
+      every = each (scripted config) ++ each (networkd config);
       of = name: filter (entry: entry.name == name) every;
       dhcps = name: filter (value: value != null) (map (entry: entry.dhcp) (of name));
     in
