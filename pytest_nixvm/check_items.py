@@ -50,6 +50,11 @@ class Collection:
         return {"wanted": self.wanted, "only": self.only}
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> None:
+        """Take the checks' names away from what is looked for in files; xdist repeats them."""
+        session.config.args = take_arguments(session.config.args)[0]
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
         self, session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
     ) -> None:

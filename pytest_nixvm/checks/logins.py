@@ -175,10 +175,22 @@ def key_trouble(line: str) -> str:
         blob = base64.b64decode(text, validate=True)
     except binascii.Error:
         return f"{shown!r} is broken: what follows {kind} is not base64"
-    length = int.from_bytes(blob[:4], "big")
-    if blob[4 : 4 + length] != kind.encode():
+    parts = _parts(blob)
+    if not parts or parts[0] != kind.encode() or len(parts) < 2:
         return f"{shown!r} is broken: it was cut, or is not of the type {kind}"
     return ""
+
+
+def _parts(blob: bytes) -> list[bytes]:
+    """Return the strings that a public key is made of (RFC 4251); none if it ends too early."""
+    parts = []
+    while blob:
+        length = int.from_bytes(blob[:4], "big")
+        if len(blob) < 4 + length:
+            return []
+        parts.append(blob[4 : 4 + length])
+        blob = blob[4 + length :]
+    return parts
 
 
 def _key_log_in(checked: Checked, user: User) -> list[str]:

@@ -284,6 +284,7 @@ def test_keys_that_sshd_would_not_take():
     assert key_trouble(KEY) == ""
     assert key_trouble('command="echo \\"a b\\"",no-pty ' + KEY) == ""
     assert "was cut" in key_trouble("ssh-ed25519 AAAAC3NzaC1lZDI1 alice")
+    assert "was cut" in key_trouble("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIcut alice")
     assert "not base64" in key_trouble("ssh-ed25519 AAAAC3NzaC1lZDI alice")
     assert "is none" in key_trouble("AAAAC3NzaC1lZDI1NTE5AAAA alice")
 
