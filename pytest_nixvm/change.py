@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -27,9 +27,9 @@ from pytest_nixvm.guest.switching import DryRun, Outcome, outcome, parse_dry_run
 from pytest_nixvm.guest.unit_states import (
     Happened,
     UnitStates,
-    happened,
     surprises,
     unit_states,
+    what_became,
 )
 from pytest_nixvm.guest.ways_in import WaysIn
 
@@ -144,6 +144,7 @@ class Change:
             returncode=done.returncode,
             output=text,
             seconds=done.duration,
+            generation=self._name(system),
             told=parse_switch(text),
         )
         raise SwitchError(result.text(), result=result)
@@ -225,7 +226,7 @@ class Change:
             machine=self.vm.name,
             how="boot loader" if self.base.boot_loader else "direct",
             into=current,
-            generation=where.removeprefix("the "),
+            generation=where,
             seconds=time.monotonic() - began,
             failed_units=self._failures(tuple(fresh), None),
         )
@@ -234,8 +235,8 @@ class Change:
         self._generation = self._default = default if _is(current, default) else current
         if not _is(current, default):
             raise SwitchError(
-                f"{self.vm.name} has booted {where} {current}, though {self._name(default)} "
-                f"{default} is the default of {PROFILE}: the boot loader was not told, or did not "
+                f"{self.vm.name} has booted {current} ({where}), though {default} "
+                f"({self._name(default)}) is the default: its boot loader was not told, or did not "
                 "obey.",
                 result=result,
             )
@@ -278,7 +279,7 @@ class Change:
             dry = self._dry_run(system)
             promised = parse_dry_run(dry.stdout + dry.stderr) if dry.ok else None
             working = self._ways.working()
-            before = self._states()
+            before = self._states(promised.named if promised is not None else ())
         switched, self._switched = self._switched, self._switched or activates
         self._jobs += 1
         argv = [f"{system}/bin/switch-to-configuration", mode]
@@ -295,8 +296,7 @@ class Change:
             lost, remarks = self._ways.lost(working)
             if result is not Outcome.UNREACHABLE and not result.refused:
                 try:
-                    after = self._states()
-                    became = happened(before, after)
+                    after, became = what_became(self._states, promised or DryRun(), before)
                 except (ChannelError, CommandTimeoutError) as error:
                     remarks.append(f"what became of the units could not be read: {error}")
         if ended.unreachable:
@@ -311,6 +311,7 @@ class Change:
             returncode=ended.returncode,
             output=ended.output,
             seconds=ended.seconds,
+            generation=self._name(system),
             told=told,
             promised=promised,
             happened=became,
@@ -318,6 +319,7 @@ class Change:
             if promised is not None and result.activated and after is not before
             else (),
             failed_units=after.failed,
+            failed_before=before.failed,
             newly_failed=self._failures(became.newly_failed, after),
             lost_channels=lost,
             remarks=tuple(remarks),
@@ -328,8 +330,8 @@ class Change:
         argv = [f"{system}/bin/switch-to-configuration", "dry-activate"]
         return self.vm.run(argv, timeout=DRY_RUN_TIMEOUT)
 
-    def _states(self) -> UnitStates:
-        return unit_states(self._run, where=self.vm.name)
+    def _states(self, names: Iterable[str] = ()) -> UnitStates:
+        return unit_states(self._run, where=self.vm.name, names=names)
 
     def _failures(
         self, names: tuple[str, ...], states: UnitStates | None
@@ -393,7 +395,7 @@ class Change:
         self.vm.start()
 
     def _name(self, toplevel: Path) -> str:
-        for name, build in (("the candidate", self.candidate), ("the base", self.base)):
+        for name, build in (("candidate", self.candidate), ("base", self.base)):
             if _is(toplevel, _toplevel(build)):
                 return name
         return system_name(toplevel)

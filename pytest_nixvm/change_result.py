@@ -45,11 +45,13 @@ class SwitchResult:
     returncode: int | None  # None if it did not end, or nobody can tell
     output: str
     seconds: float
+    generation: str = ""  # "candidate", "base", or the toplevel's name where it is neither
     told: Switched = field(default_factory=Switched)
     promised: DryRun | None = None  # by a dry run just before; None for the mode "boot"
     happened: Happened = field(default_factory=Happened)
     surprises: tuple[str, ...] = ()  # where what happened is not what was promised
     failed_units: tuple[str, ...] = ()  # all that are failed now
+    failed_before: tuple[str, ...] = ()
     newly_failed: tuple[UnitFailure, ...] = ()  # that were not before
     lost_channels: tuple[str, ...] = ()  # "ssh: …": worked before, and does not any more
     remarks: tuple[str, ...] = ()  # what is no fault, and good to know
@@ -57,8 +59,26 @@ class SwitchResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it went through, no unit failed by it, and every way in still works."""
-        return self.outcome is Outcome.DONE and not self.newly_failed and not self.lost_channels
+        """Whether it went through, no unit failed by it, and every way in still works.
+
+        switch-to-configuration also tells of units that had failed before and fail again: those are
+        no fault of this switch, whatever its exit status.
+        """
+        went = self.outcome is Outcome.DONE or self.failed_as_before
+        return went and not self.newly_failed and not self.lost_channels
+
+    @property
+    def failed_as_before(self) -> bool:
+        """Whether all that failed are units that had failed before the switch."""
+        told = self.told
+        failed = {*told.failed, *told.jobs_failed}
+        return (
+            self.outcome is Outcome.UNITS_FAILED
+            and bool(failed)
+            and failed <= set(self.failed_before)
+            and not told.activation_failed
+            and not told.users_failed
+        )
 
     @property
     def needs_reboot(self) -> bool:
@@ -70,12 +90,10 @@ class SwitchResult:
 
     def text(self) -> str:
         """Return all of it for somebody who did not write the change: the verdict comes first."""
-        verdict = explain(self.outcome, self.told, self.returncode)
-        if self.outcome is Outcome.DONE and not self.ok:
-            verdict += ", but " + " and ".join(self._troubles())
         code = "no exit status" if self.returncode is None else f"exit status {self.returncode}"
         parts = [
-            f"{self.machine}, {_VERBS[self.mode]} {system_name(self.into)}: {verdict}.",
+            f"{self.machine}, {_VERBS[self.mode]} {_named(self.generation, self.into)}: "
+            f"{self._verdict()}.",
             f"(switch-to-configuration {self.mode}: {code}, {self.seconds:.1f} s; {self.into})",
         ]
         if self.lost_channels:
@@ -88,25 +106,34 @@ class SwitchResult:
         parts += _listed("In effect only after a reboot:", self.reboot_reasons)
         parts += _listed("Note:", self.remarks)
         parts += self._done()
-        new = {failure.name for failure in self.newly_failed}
-        if old := [name for name in self.failed_units if name not in new]:
+        if old := [name for name in self.failed_units if name in self.failed_before]:
             parts.append(f"Failed already before: {', '.join(old)}.")
         if self.output.strip():
             parts.append("What switch-to-configuration said:")
-            parts.append(_indent(tail(self.output, SHOWN_LINES)))
+            parts.append(_indent(tail(self._said(), SHOWN_LINES)))
         return "\n".join(parts)
 
-    def _troubles(self) -> list[str]:
-        said = []
+    def _verdict(self) -> str:
+        troubles = []
         if self.newly_failed:
-            said.append(f"{', '.join(each.name for each in self.newly_failed)} failed")
-        if self.lost_channels:
-            lost = ", ".join(_CHANNELS.get(name, name) for name in self._lost())
-            said.append(f"the machine can't be reached any more by {lost}")
-        return said
+            troubles.append(f"{', '.join(each.name for each in self.newly_failed)} failed")
+        for channel in self.lost_channels:
+            name = channel.partition(":")[0]
+            troubles.append(_LOST.get(name, f"{name} can't be reached any more"))
+        if self.outcome is Outcome.UNITS_FAILED and self.newly_failed:
+            return ", and ".join(troubles)
+        verdict = explain(self.outcome, self.told, self.returncode)
+        if self.failed_as_before:
+            verdict = f"{Outcome.DONE.value}, with units that had failed before"
+        return ", but ".join([verdict, ", and ".join(troubles)] if troubles else [verdict])
 
-    def _lost(self) -> list[str]:
-        return [channel.partition(":")[0] for channel in self.lost_channels]
+    def _said(self) -> str:
+        """Return the output, without what it has of units that are told of above."""
+        lines = self.output.rstrip().splitlines()
+        for number, line in enumerate(lines):
+            if line.startswith("warning: the following units failed: "):
+                return "\n".join(lines[: number + 1])
+        return "\n".join(lines)
 
     def _done(self) -> list[str]:
         became = self.happened
@@ -157,8 +184,7 @@ class Rebooted:
         verdict = f"{failed} failed, and had not before" if failed else "all is well"
         return "\n".join(
             [
-                f"{self.machine}, reboot into {self.generation} {system_name(self.into)}: "
-                f"{verdict}.",
+                f"{self.machine}, reboot into {_named(self.generation, self.into)}: {verdict}.",
                 f"({way}; {self.seconds:.1f} s; {self.into})",
                 *(_indent(failure.text()) for failure in self.failed_units),
             ]
@@ -168,11 +194,17 @@ class Rebooted:
 _VERBS = {
     "switch": "switch into",
     "test": "switch (not for the next boot) into",
-    "boot": "new default for the next boot,",
+    "boot": "default for the next boot,",
     "dry-activate": "dry run of a switch into",
 }
 
-_CHANNELS = {"ssh": "SSH", "agent": "the guest agent", "shell": "the plugin's shell"}
+_LOST = {
+    "ssh": "nobody can log in over SSH any more",
+    "agent": "its guest agent does not answer any more",
+    "shell": "no shell can be started in it any more",
+}
+
+_GENERATIONS = {"candidate": "the candidate", "base": "the deployed generation"}
 
 
 # What only the next boot uses: a file of the toplevel, and how it is called.
@@ -208,6 +240,12 @@ def system_name(toplevel: Path) -> str:
     if toplevel.parent.name == "specialisation":
         return f"the specialisation {toplevel.name}"
     return _HASH.sub("", toplevel.name)
+
+
+def _named(generation: str, system: Path) -> str:
+    if generation not in _GENERATIONS or system.parent.name == "specialisation":
+        return system_name(system)
+    return f"{_GENERATIONS[generation]}, {system_name(system)}"
 
 
 def _listed(head: str, items: Iterable[str]) -> list[str]:
