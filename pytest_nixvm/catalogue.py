@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
@@ -18,6 +19,9 @@ from pytest_nixvm.flake.revision import base_reference
 from pytest_nixvm.output import Output
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.settings import Generations, Settings
+
+if TYPE_CHECKING:
+    from pytest_nixvm.fidelity import NotTested
 
 
 class Catalogue:
@@ -152,6 +156,21 @@ class Catalogue:
     def declared(self, name: str) -> Declared:
         """Return what a machine's configuration declares. Raises `FlakeError`."""
         return self.flake.declared(name)
+
+    def fidelity(self, name: str) -> tuple[NotTested, ...]:
+        """Return what a machine's VM does not test.
+
+        Raises `FlakeError`.
+        """
+        from pytest_nixvm.fidelity import fidelity
+
+        settings = self.settings
+        build = self.build(
+            name,
+            freezable=settings.isolation == "test",
+            boot_loader=settings.boot_loader,
+        )
+        return fidelity(build, None if build.toplevel is None else self.declared(name))
 
     # --- builds ----------------------------------------------------------------------------------
 

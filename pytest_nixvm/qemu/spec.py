@@ -45,6 +45,8 @@ _SCRIPT_VARIABLES = frozenset(
     }
 )
 
+_RESTRICTED = {"isolated": "restrict=on", "nat": ""}
+
 # --- sockets ----------------------------------------------------------------------------------
 
 
@@ -237,7 +239,7 @@ def environment(spec: LaunchSpec, script: str, guest: str) -> dict[str, str]:
         # The last console= is /dev/console, which is the screen where graphics are on.
         "QEMU_KERNEL_PARAMS": f"console={terminal}{number},115200n8",
         "QEMU_NET_OPTS": ",".join(
-            filter(None, ("restrict=on" if spec.network == "isolated" else "", spec.network_options))
+            each for each in (_RESTRICTED[spec.network], spec.network_options) if each
         ),
     }
     # A machine without a root disk (`diskImage = null`) would have one made for it in vain.

@@ -104,3 +104,27 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
     for lines in account.kept:
         for line in lines:
             reporter.line(line, bold=not line.startswith(" "))
+    if run.settings.fidelity:
+        _fidelity(reporter, run)
+
+
+def _fidelity(reporter: pytest.TerminalReporter, run: Run) -> None:
+    """Say for each machine that ran what its VM does not test: in short here, all in a file."""
+    from pytest_nixvm.errors import NixvmError
+    from pytest_nixvm.fidelity import lines, text
+
+    whole = ""
+    for name in run.account.overrides:
+        try:
+            entries = run.fleet.fidelity(name)
+        except NixvmError as error:
+            reporter.line(f"{name}: what it does not test can't be told: {error}", yellow=True)
+            continue
+        reporter.section(f"not tested of {name}", sep="-")
+        for line in lines(entries):
+            reporter.line(line)
+        whole += f"{name}\n{'=' * len(name)}\n\n{text(entries)}\n"
+    if whole:
+        place = run.fleet.out.file("fidelity.txt")
+        place.write_text(whole, encoding="utf-8")
+        reporter.line(f"With the reasons: {place}")
