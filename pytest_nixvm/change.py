@@ -404,8 +404,8 @@ class Change:
 def _is(system: Path, generation: Path) -> bool:
     """Whether a system is a generation, or one of its specialisations."""
     place = generation / "specialisation"
-    inside = place.iterdir() if place.is_dir() else ()
-    return system == generation or any(each.resolve() == system for each in inside)
+    inside = tuple(place.iterdir()) if place.is_dir() else ()
+    return system in (generation, *inside) or any(each.resolve() == system for each in inside)
 
 
 def _toplevel(build: VmBuild) -> Path:
