@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm.checks.base import Checked, DoesNotApply, and_more, finding
 from pytest_nixvm.checks.units import excuse
-from pytest_nixvm.errors import BootError, CheckFailedError, NixvmError, SwitchError
+from pytest_nixvm.errors import (
+    BootError,
+    CheckFailedError,
+    NixvmError,
+    SshError,
+    SwitchError,
+)
 
 if TYPE_CHECKING:
     from pytest_nixvm.change import Change
@@ -30,6 +36,7 @@ class Steps:
         self._rebooted: Rebooted | NixvmError | None = None
         self._back: SwitchResult | None = None
         self.failed_before: frozenset[str] = frozenset()
+        self.no_ssh = ""  # why nobody can log in by SSH after the reboot, though it was possible
 
     def close(self) -> None:
         """End the VM."""
@@ -54,8 +61,10 @@ class Steps:
         """Reboot into the candidate; raises what that raised each time."""
         self.switched()
         if self._rebooted is None:
+            had_ssh = not self._why_no_ssh()
             try:
                 self._rebooted = self.begin().reboot(check=False)
+                self.no_ssh = self._why_no_ssh() if had_ssh else ""
             except (SwitchError, BootError) as error:
                 self._rebooted = error
         if isinstance(self._rebooted, NixvmError):
@@ -71,6 +80,15 @@ class Steps:
             self.switched()
             self._back = self.begin().rollback(check=False)
         return self._back
+
+    def _why_no_ssh(self) -> str:
+        try:
+            ssh = self.begin().vm.ssh
+            ssh.close()  # a new log-in, as after the reboot
+            _ = ssh.client
+        except SshError as error:
+            return str(error)
+        return ""
 
     def _is_up(self) -> bool:
         return self._change is None or self._change.vm.is_up()
@@ -132,8 +150,7 @@ def newly_failed_units(checked: Checked) -> None:
             f"The switch of {checked.name} makes {and_more(each.name for each in found)} fail.",
             *(each.text() for each in found),
             f"switch-to-configuration ended with exit status {result.returncode}.",
-            todo="It ran under the deployed generation: what did the change take away, or what "
-            "state does the new version not understand?",
+            todo="Under the deployed generation it had not failed.",
         )
 
 
@@ -151,7 +168,7 @@ def reachable_after_switch(checked: Checked) -> None:
 
 
 def reboots_into_candidate(checked: Checked) -> None:
-    """After the switch a reboot comes up in the candidate, and no further unit fails."""
+    """After the switch a reboot comes up in the candidate; no more units fail, SSH works still."""
     result = _steps(checked).switched()
     if result.outcome.refused:
         _activated(checked)
@@ -165,6 +182,12 @@ def reboots_into_candidate(checked: Checked) -> None:
         checked.warn(
             "the reboot was one without the boot loader: QEMU started the candidate's kernel "
             "(--nixvm-boot-loader goes through the machine's own)"
+        )
+    if no_ssh := _steps(checked).no_ssh:
+        raise finding(
+            f"After the reboot nobody can log in to {checked.name} by SSH, though it was possible "
+            "after the switch.",
+            no_ssh,
         )
     found = _real(checked, rebooted.failed_units)
     if found:
