@@ -49,7 +49,13 @@ class Deployments(Catalogue):
             other = self._name_in(flake, name)
             _compare(flake, other, self._base(generations.base, name), name)
             carries.append(
-                flake.toplevel(other, freezable=freezable, boot_loader=boot_loader, secrets=secrets)
+                flake.toplevel(
+                    other,
+                    freezable=freezable,
+                    boot_loader=boot_loader,
+                    secrets=secrets,
+                    switching=True,
+                )
             )
         base, there = self._base(generations.base, name)
         return base.build(

@@ -112,7 +112,9 @@ class Flake:
             NotAVirtualMachineError: what was built is no VM.
         """
         info = self._info(name)
-        variant = Variant(freezable, boot_loader, _toplevels(carries), tuple(secrets))
+        variant = Variant(
+            freezable, boot_loader, _toplevels(carries), tuple(secrets), switching=bool(carries)
+        )
         plan, evaluated, built = self._made(info, variant)
         return self._result(info, plan, evaluated, built)
 
@@ -123,13 +125,16 @@ class Flake:
         freezable: bool = False,
         boot_loader: bool = False,
         secrets: Sequence[Secret] = (),
+        switching: bool = False,
     ) -> Path:
         """Evaluate and build the system that the VM of `build` runs, without the VM.
+
+        With `switching` it is as in a VM that carries others, and can be switched to.
 
         Raises as `build` does.
         """
         info = self._info(name)
-        variant = Variant(freezable, boot_loader, (), tuple(secrets))
+        variant = Variant(freezable, boot_loader, (), tuple(secrets), switching)
         plan, _, _ = self._made(info, variant, "toplevel")
         if plan["toplevel"] is not None:
             return Path(plan["toplevel"]["output"])

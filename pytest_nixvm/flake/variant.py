@@ -30,6 +30,7 @@ class Variant:
     boot_loader: bool = False
     carries: tuple[Path, ...] = ()
     secrets: tuple[Secret, ...] = ()
+    switching: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -38,6 +39,7 @@ class Variant:
             *(["freezable"] if self.freezable else []),
             *(["boot-loader"] if self.boot_loader else []),
             *(["carrying"] if self.carries else []),
+            *(["switching"] if self.switching else []),
             *(["secrets"] if self.secrets else []),
         ]
 
@@ -56,6 +58,7 @@ class Variant:
             f"this.plan {{ freezable = {nix_value(self.freezable)}; "
             f"bootLoader = {nix_value(self.boot_loader)}; "
             f"carries = {nix_list([str(path) for path in self.carries])}; "
+            f"switching = {nix_value(self.switching)}; "
             f"secrets = builtins.fromJSON {secrets}; }} {nix_list(attribute)}"
         )
 

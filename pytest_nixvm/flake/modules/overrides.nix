@@ -49,4 +49,24 @@ in
       reason = "so that it can be frozen and cloned: its memory has to be a file that clones can read";
     }
   ];
+
+  # In a VM that is to be switched, and whose kernel QEMU loads: `switch` and `boot` install the boot
+  # loader first, and there is no disk that could take one (nixpkgs #344535).
+  direct = [
+    {
+      option = [ "system" "build" "installBootLoader" ];
+      value = "/run/current-system/sw/bin/true";
+      reason = "so that it can be switched: QEMU loads its kernel, and there is no boot loader";
+    }
+  ];
+
+  # What qemu-vm.nix tells a kernel that QEMU loads itself, a boot loader has to be told otherwise.
+  bootLoader = [
+    {
+      option = [ "boot" "kernelParams" ];
+      value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
+      merge = true;
+      reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";
+    }
+  ];
 }

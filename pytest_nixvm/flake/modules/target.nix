@@ -121,7 +121,7 @@ let
 
   # The configuration is extended only if something has to differ, so the usual machine is, bit
   # for bit, what `nix build .#nixosConfigurations.NAME.config.system.build.vm` builds.
-  virtualMachine = { freezable, bootLoader, carries, secrets }: given:
+  virtualMachine = { freezable, bootLoader, carries, secrets, switching }: given:
     let
       shape = shapeOf bootLoader given;
       changeable = shape != null;
@@ -130,6 +130,8 @@ let
       config = if changeable then shape.configOf nixos else nixos.config;
       wanted = overrides.always
         ++ (if freezable then overrides.freezable else [ ])
+        ++ (if config.virtualisation.useBootLoader or false || bootLoader then overrides.bootLoader
+            else if switching then overrides.direct else [ ])
         ++ interface.overrides config
         ++ secret.overrides config secrets;
       # What merges adds to a value: that there is something to add, its own file has found out.
