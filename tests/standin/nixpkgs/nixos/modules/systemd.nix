@@ -109,7 +109,7 @@ let
       // when "preStart" "ExecStartPre" ([ (file "preStart") ] ++ lib.toList (u.serviceConfig.ExecStartPre or [ ]))
       // when "postStart" "ExecStartPost" (file "postStart") // when "preStop" "ExecStop" (file "preStop")
       // when "postStop" "ExecStopPost" (file "postStop") // when "reload" "ExecReload" (file "reload"));
-  scriptName = lib.replaceStrings [ "@" "\\" ] [ "-" "-" ];
+  scriptName = lib.replaceStrings [ "@" "\\" ":" ] [ "-" "-" "-" ];
   socketText = u: body "Socket" (u.socketConfig
     // optionalAttrs (u.listenStreams != [ ]) { ListenStream = u.listenStreams; }
     // optionalAttrs (u.listenDatagrams != [ ]) { ListenDatagram = u.listenDatagrams; });
