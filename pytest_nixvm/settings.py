@@ -225,10 +225,10 @@ class Settings:
             cache=reader.path("cache") or platformdirs.user_cache_path("pytest-nixvm"),
             cache_size=(reader.whole("cache-size") or DEFAULT_CACHE_SIZE) * 2**30,
             offline=reader.yes("offline"),
-            from_=reader.reference("from"),
+            from_=reader.revision("from"),
             check=reader.yes("check"),
             check_off=tuple(reader.words("check-off")),
-            changed=reader.reference("changed"),
+            changed=reader.revision("changed"),
             fidelity=reader.yes("fidelity"),
             boot_loader=reader.yes("boot-loader"),
         )
@@ -321,6 +321,18 @@ class _Reader:
         value, where = self._get(name)
         return anchored(str(value), self._base(where)) if value not in (None, "") else None
 
+    def revision(self, name: str) -> str | None:
+        """Return a reference, or a revision: a branch may be called as a directory is."""
+        value, where = self._get(name)
+        if value in (None, ""):
+            return None
+        base = self._base(where)
+        directory = base / str(value).partition("#")[0].partition("?")[0]
+        is_flake = (directory / "flake.nix").is_file()
+        if not is_flake and not str(value).startswith((".", "~", "path:", "git+file:")):
+            return str(value)
+        return anchored(str(value), base)
+
     def references(self, name: str) -> tuple[tuple[str, str], ...]:
         _, where = self._get(name)
         base = self._base(where)
@@ -390,8 +402,8 @@ def anchored(reference: str, base: Path) -> str:
     What is no directory there (`github:o/r`, a registry's name) is returned as it is.
     """
     path, hash_sign, attribute = reference.partition("#")
-    scheme = "path:" if path.startswith("path:") else ""
-    where = path.removeprefix("path:")
+    scheme = next((each for each in ("path:", "git+file:") if path.startswith(each)), "")
+    where = path.removeprefix(scheme)
     if not where.startswith((".", "~")) and not (base / where).is_dir():
         return reference
     where, question_mark, query = where.partition("?")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_nixvm.errors import SettingsError
-from pytest_nixvm.settings import MachineRequest, Settings, anchored
+from pytest_nixvm.settings import Generations, MachineRequest, Settings, anchored
 
 
 def read(command_line=None, ini=None, ini_directory=Path("/ini")):
@@ -114,3 +114,53 @@ def test_a_marker_overrides_the_settings():
 def test_a_marker_s_mistake_names_the_test(keywords, says):
     with pytest.raises(SettingsError, match=says):
         MachineRequest.read(keywords, Settings.make(), "test_it.py::test")
+
+
+def test_a_revision_is_no_directory_unless_that_has_a_flake(tmp_path, monkeypatch):
+    """A branch is often called as a directory is: `config`, `nix`, `dev`."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "flake.nix").touch()
+    monkeypatch.chdir("/")
+
+    def ini(value: str) -> str | None:
+        return read(None, {"nixvm_from": value}, tmp_path).from_
+
+    assert ini("dev") == "dev"
+    assert ini("HEAD~1#web") == "HEAD~1#web"
+    assert ini("old#web") == f"{tmp_path}/old#web"
+    assert ini("./dev") == f"{tmp_path}/dev"
+    assert ini("git+file:.?ref=main") == f"git+file:{tmp_path}?ref=main"
+    assert ini("git+file:///srv/config?ref=main") == "git+file:///srv/config?ref=main"
+    assert ini("github:me/config/0123abc") == "github:me/config/0123abc"
+    assert ini("") is None
+    assert read(None, {"nixvm_changed": "dev"}, tmp_path).changed == "dev"
+
+
+def test_flags_and_lists_in_the_ini_file():
+    settings = read(
+        None,
+        {"nixvm_check": "true", "nixvm_boot_loader": "no", "nixvm_check_off": ["web: ports: so"]},
+    )
+    assert (settings.check, settings.boot_loader) == (True, False)
+    assert settings.check_off == ("web: ports: so",)
+    assert Settings.make(from_="HEAD~1").from_ == "HEAD~1"
+    assert Settings.make(**{"from": "HEAD~1"}).from_ == "HEAD~1"
+
+
+def test_the_marker_s_boot_loader_wins_over_the_setting():
+    def request(settings: Settings, **keywords: object) -> MachineRequest:
+        return MachineRequest.read(keywords, settings, "test_it.py::test")
+
+    assert request(Settings.make()).boot_loader is False
+    assert request(Settings.make(boot_loader=True)).boot_loader is True
+    assert request(Settings.make(), boot_loader=True).boot_loader is True
+    assert request(Settings.make(boot_loader=True), boot_loader=False).boot_loader is False
+    with pytest.raises(SettingsError, match="boot_loader must be True or False, not 'yes'"):
+        request(Settings.make(), boot_loader="yes")
+
+
+def test_generations_are_the_same_in_whatever_order_the_candidates_are_given():
+    assert Generations.of("HEAD~1", ".", "next") == Generations.of("HEAD~1", "next", ".", ".")
+    assert Generations.of("HEAD~1", ".") != Generations.of("HEAD~2", ".")
+    assert len({Generations.of("a", "b", "c"), Generations.of("a", "c", "b")}) == 1
