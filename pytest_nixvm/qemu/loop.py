@@ -33,7 +33,8 @@ class IoThread:
             tasks = asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            if tasks:  # without one, gather looks for a loop where somebody may have set another
+                self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self.loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float) -> T:
