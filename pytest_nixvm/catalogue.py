@@ -135,7 +135,10 @@ class Catalogue:
         if reference is None:
             return ()
         base = self.flake_of(reference)
-        there = {machine.name for machine in base.machines()}
+        try:
+            there = {machine.name for machine in base.machines()}
+        except EvaluationError as error:
+            raise EvaluationError(f"--nixvm-changed={reference}: {error}") from None
         same = []
         for machine in self.selected:
             if machine.skip is None and machine.name in there:

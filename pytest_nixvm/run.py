@@ -165,18 +165,25 @@ class Run:
         metafunc.parametrize(PARAMETER, parameters, indirect=True, scope="session")
 
     def is_selected(self, item: pytest.Item) -> bool:
-        """Whether --nixvm-machine and --nixvm-changed select a test, by its machines."""
+        """Whether --nixvm-machine and --nixvm-changed select a test, by its machines.
+
+        One of several machines needs the others: it is left out with any of them that is not
+        selected by name, but only if all of them are unchanged.
+        """
         names = item_machines(item)
         if not names or self._problems or not (self.settings.machine or self.settings.changed):
             return True
         try:
             every = {machine.name for machine in self.fleet.every_machine}
-            selected = {machine.name for machine in self.fleet.machines}
+            selected = {machine.name for machine in self.fleet.selected}
+            unchanged = self.fleet.unchanged
         except UserError as error:
             self._problems.append(str(error))
             return True
         # A name that nobody knows is not left out: `check` says that it is wrong.
-        return selected.issuperset(names) or every.isdisjoint(names)
+        if every.isdisjoint(names):
+            return True
+        return selected.issuperset(names) and not set(unchanged).issuperset(names)
 
     def mistake(self, error: UserError) -> None:
         """Keep a mistake for `check`: raised while collecting it would end in a traceback."""

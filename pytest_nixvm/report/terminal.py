@@ -27,6 +27,8 @@ def header(run: Run) -> list[str]:
     lines = [f"nixvm: flake {settings.flake}, isolation {settings.isolation}"]
     if settings.from_ is not None:
         lines.append(f"nixvm: deployed generation {settings.from_}")
+    if run.is_controller:  # which collects nothing itself
+        lines += left_out(run)
     lines.append(f"nixvm: accelerator {_accelerator(run)}")
     with contextlib.suppress(UserError):  # said as a usage error as soon as a test needs it
         lines += [f"nixvm: {note}" for note in run.fleet.nix.notes]

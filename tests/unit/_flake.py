@@ -62,10 +62,12 @@ let
         virtualisation = (if inVm then strip merged.virtualisation else { }) // {
           vmVariant = evaluate true variant;
         };
-        system.build = { inherit toplevel; } // (
-          if !config.test.vm then { }
-          else if inVm then { inherit vm; }
-          else { inherit (config.virtualisation.vmVariant.system.build) vm; });
+        system = strip (merged.system or { }) // {
+          build = { inherit toplevel; } // (
+            if !config.test.vm then { }
+            else if inVm then { inherit vm; }
+            else { inherit (config.virtualisation.vmVariant.system.build) vm; });
+        };
       };
       toplevel = build "nixos-system-${config.networking.hostName}" ''
         ${config.test.build}
