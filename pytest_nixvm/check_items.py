@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, UserError
-from pytest_nixvm.run import RUN, Run, fail
+from pytest_nixvm.run import RUN, Run
 
 if TYPE_CHECKING:
     from pytest_nixvm.checks import Check, Checked
@@ -282,7 +282,7 @@ class CheckItem(pytest.Item):
         except NothingToTestError as error:
             self._skip(error)
         except NixvmError as error:
-            fail(error)
+            self._fail(error)
 
     def _build(self) -> bool:
         run = self.config.stash[RUN]
@@ -292,24 +292,26 @@ class CheckItem(pytest.Item):
     def runtest(self) -> None:
         """Run the check."""
         from pytest_nixvm.checks import DoesNotApply
-        from pytest_nixvm.errors import CheckFailedError
 
         checked = self._checked
-        failure = None
         try:
             self.check.run(checked)
         except (NothingToTestError, DoesNotApply) as error:
             self._skip(error)
         except NixvmError as error:
-            failure = error
+            self._fail(error)
         finally:
             self._tell(checked.notes)
-        # Out here, so that it is not shown as what came of handling the other.
-        if isinstance(failure, UserError):
-            fail(failure)
-        if failure is not None:
-            kind = "" if isinstance(failure, CheckFailedError) else f"{type(failure).__name__}: "
-            pytest.fail(f"{kind}{failure}\n{self._off_line()}", pytrace=False)
+
+    def _fail(self, error: NixvmError) -> NoReturn:
+        from pytest_nixvm.checks.base import ToldError
+        from pytest_nixvm.errors import CheckFailedError
+
+        is_told = isinstance(error, CheckFailedError | ToldError)
+        text = str(error) if is_told else f"{type(error).__name__}: {error}"
+        if isinstance(error, CheckFailedError):
+            text += f"\n{self._off_line()}"
+        raise pytest.fail.Exception(text, pytrace=False) from None
 
     def _skip(self, reason: NixvmError) -> NoReturn:
         # At the item's place; pytest.skip() would name this line as the reason's.

@@ -116,6 +116,7 @@ def test_verdicts_read_well(checks):
     assert "nixvm_check_off = web: told: WHY" in text
     assert "FAILED nixvm::web::told" in text
     assert "somebody else" in text
+    assert "another exception" not in text
     assert "check_items.py" not in text  # nothing of what has called it
 
 
