@@ -43,6 +43,9 @@ SWITCH_TIMEOUT = 600.0
 
 DRY_RUN_TIMEOUT = 300.0
 
+LOOK_AFTER = 2.0
+"""Seconds after a switch's end at which the units are looked at, at the earliest."""
+
 REPORTED = 10
 """Failed units whose status and journal are fetched: one cause may fail dozens."""
 
@@ -284,6 +287,7 @@ class Change:
         self._jobs += 1
         argv = [f"{system}/bin/switch-to-configuration", mode]
         ended = run_job(self.vm, self._jobs, argv, timeout)
+        over = time.monotonic()
         told = parse_switch(ended.output)
         result = _outcome(ended)
         if result.refused or result is Outcome.NEEDS_REBOOT:
@@ -291,12 +295,16 @@ class Change:
         after = before
         became = Happened()
         lost: tuple[str, ...] = ()
+        ignored: tuple[str, ...] = ()
         remarks: list[str] = []
         if activates:
             lost, remarks = self._ways.lost(working)
             if result is not Outcome.UNREACHABLE and not result.refused:
+                # A service that fails at once had time for that now, in most cases.
+                time.sleep(max(0.0, LOOK_AFTER - (time.monotonic() - over)))
                 try:
                     after, became = what_became(self._states, promised or DryRun(), before)
+                    ignored = self._ignored(ended.began)
                 except (ChannelError, CommandTimeoutError) as error:
                     remarks.append(f"what became of the units could not be read: {error}")
         if ended.unreachable:
@@ -322,6 +330,7 @@ class Change:
             failed_before=before.failed,
             newly_failed=self._failures(became.newly_failed, after),
             lost_channels=lost,
+            ignored=ignored,
             remarks=tuple(remarks),
             reboot_reasons=reboot_reasons(mode, result, self._booted, system),
         )
@@ -332,6 +341,15 @@ class Change:
 
     def _states(self, names: Iterable[str] = ()) -> UnitStates:
         return unit_states(self._run, where=self.vm.name, names=names)
+
+    def _ignored(self, since: float) -> tuple[str, ...]:
+        """Return what is not obeyed since then; a reload of systemd tells the old ones again."""
+        from pytest_nixvm.checks.ignored import ignored
+
+        entries = self.vm.journal(priority="notice")
+        new = [each for each in entries if each.time.timestamp() >= since]
+        old = {str(each) for each in ignored(entries[: len(entries) - len(new)], "")}
+        return tuple(said for each in ignored(new, "") if (said := str(each)) not in old)
 
     def _failures(
         self, names: tuple[str, ...], states: UnitStates | None

@@ -54,6 +54,7 @@ class SwitchResult:
     failed_before: tuple[str, ...] = ()
     newly_failed: tuple[UnitFailure, ...] = ()  # that were not before
     lost_channels: tuple[str, ...] = ()  # "ssh: …": worked before, and does not any more
+    ignored: tuple[str, ...] = ()  # what systemd has read by it, and silently does not obey
     remarks: tuple[str, ...] = ()  # what is no fault, and good to know
     reboot_reasons: tuple[str, ...] = ()  # what is used after the next reboot only
 
@@ -103,6 +104,7 @@ class SwitchResult:
             parts.append("Units that failed, and had not before:")
             parts += [_indent(failure.text()) for failure in self.newly_failed]
         parts += _listed("Not as the dry run had promised:", self.surprises)
+        parts += _listed("Silently ignored, only the journal says so:", self.ignored)
         parts += _listed("In effect only after a reboot:", self.reboot_reasons)
         parts += _listed("Note:", self.remarks)
         parts += self._done()

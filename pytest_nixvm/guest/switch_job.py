@@ -6,9 +6,10 @@ nothing of ours can take it along, and its end is looked for on whatever channel
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pytest_nixvm.errors import ChannelError, CommandTimeoutError, MachineError
@@ -37,6 +38,7 @@ _START = r"""
 mkdir -p -- "$1" || exit
 place=$1 unit=$2
 shift 2
+printf '%s\n' "$EPOCHREALTIME"
 job='exec </dev/null >"$0/output" 2>&1; echo "$BASHPID" >"$0/pid"; "$@"; echo "$?" >"$0/status"'
 exec systemd-run --quiet --no-ask-password --collect --unit="$unit" --service-type=exec -- \
   "$BASH" -c "$job" "$place" "$@"
@@ -75,6 +77,7 @@ class Ended:
     output: str
     seconds: float
     finished: bool  # whether it has ended, or was ended
+    began: float = 0.0  # by the guest's clock, in seconds since the epoch
     unreachable: str = ""  # why nobody can tell
 
 
@@ -91,6 +94,9 @@ def run_job(vm: Connected, number: int, argv: Sequence[str], timeout: float) -> 
     if not started.ok:
         said = started.stderr.strip() or f"exit status {started.returncode}"
         raise MachineError(f"systemd-run on {vm.name} can't start {argv[0]}: {said}")
+    # The first line; its decimal point is the locale's.
+    clock = started.stdout.partition("\n")[0].replace(",", ".")
+    since = float(clock) if re.fullmatch(r"[0-9.]+", clock) else time.time()
     deadline = Deadline(timeout)
     condition = _ENDED.replace("@place@", place)
     failures = 0
@@ -104,7 +110,7 @@ def run_job(vm: Connected, number: int, argv: Sequence[str], timeout: float) -> 
                 said = waited.stderr.strip() or f"exit status {waited.returncode}"
                 raise MachineError(f"The end of {argv[0]} on {vm.name} can't be seen: {said}")
             if waited.ok or deadline.expired:
-                return _read(vm, place, began)
+                return replace(_read(vm, place, began), began=since)
         except (ChannelError, CommandTimeoutError) as error:
             failures += 1
             if failures > GIVE_UP or deadline.expired:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from pytest_nixvm.change import Change
 from pytest_nixvm.errors import AgentError, MachineError, ShellError, SshError, SwitchError
 from pytest_nixvm.flake.build import VmBuild
+from pytest_nixvm.guest.journal import parse_entry
 from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.guest.switching import Outcome
 from pytest_nixvm.progress import Silent
@@ -59,6 +61,7 @@ class Machine:
         self.locks_out = ""
         self.closes = ""  # why the agent is gone after the switch
         self.boots_into = None
+        self.logged = []
         self.progress, self.transcript = Silent(), Transcript()
         self.agent = SimpleNamespace(ping=lambda: None)
         self.ssh = Ssh(self)
@@ -87,6 +90,7 @@ class Machine:
             return self.dry_status, self.dry
         if program == "bash" and "systemd-run" in command[2]:
             self._switch(command[6], command[7])
+            return 0, "1000000000.500000\n"
         if program == "bash" and "list-units" in command[2]:
             return 0, self._states()
         if program == "bash" and "cat --" in command[2]:
@@ -134,6 +138,9 @@ class Machine:
             properties=lambda *_: {"Result": "exit-code"},
         )
 
+    def journal(self, **_):
+        return tuple(parse_entry(json.dumps(each)) for each in self.logged)
+
     def shutdown(self):
         self.log.append("shutdown")
 
@@ -151,7 +158,9 @@ class Machine:
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.change.LOOK_AFTER", 0.0)
+
     def system(name, **files):
         place = tmp_path / name
         for path in ("bin/switch-to-configuration", "kernel", "initrd", "kernel-params"):
@@ -347,6 +356,32 @@ def test_broken_promises_are_told(make):
     change.vm.dry = "would restart the following units: till.service\n"
     result = change.switch()
     assert result.surprises == ("till.service was to be restarted, and has run on as it was",)
+
+
+def test_what_systemd_ignores_is_told_if_it_is_new(make):
+    def says(key, seconds):
+        where = "/etc/systemd/system/till.service"
+        return {
+            "MESSAGE": f"{where}:9: Unknown key '{key}' in section [Service], ignoring.",
+            "SYSLOG_IDENTIFIER": "systemd",
+            "CONFIG_FILE": where,
+            "CONFIG_LINE": "9",
+            "_PID": "1",
+            "PRIORITY": "4",
+            "__REALTIME_TIMESTAMP": str(seconds * 1000000),
+        }
+
+    change = make()
+    change.vm.logged = [
+        says("Olde", 999999999),
+        says("Olde", 1000000002),
+        says("Restrat", 1000000002),
+    ]
+    result = change.switch()
+    assert result.ok
+    assert len(result.ignored) == 1
+    assert "Restrat" in result.ignored[0]
+    assert "Restrat" in str(result)
 
 
 # --- specialisations, rollback, reboot ----------------------------------------------------------
