@@ -6,10 +6,11 @@ Both are built through the same overlay, or a switch would see the overlay as pa
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_nixvm.catalogue import Catalogue
-from pytest_nixvm.errors import ChangeError, EvaluationError, NothingToTestError
+from pytest_nixvm.errors import BuildError, ChangeError, EvaluationError, NothingToTestError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.settings import Generations
@@ -58,9 +59,36 @@ class Deployments(Catalogue):
                 )
             )
         base, there = self._base(generations.base, name)
-        return base.build(
-            there, freezable=freezable, boot_loader=boot_loader, carries=carries, secrets=secrets
-        )
+        try:
+            build = base.build(
+                there,
+                freezable=freezable,
+                boot_loader=boot_loader,
+                carries=carries,
+                secrets=secrets,
+            )
+        except (EvaluationError, BuildError) as error:
+            raise type(error)(f"The deployed generation, {generations.base}: {error}") from None
+        if not set(carries) <= set(build.carries):
+            raise ChangeError(
+                f"{name} can't be switched to another system in a VM: {build.attribute} of "
+                f"{base.reference} has no virtualisation.additionalPaths, by which the other is "
+                "in its store. Name a NixOS configuration (nixosConfigurations.NAME), not what "
+                "was built of one."
+            )
+        if all(path == build.toplevel for path in carries):
+            raise _same(name, build)
+        return build
+
+    def check_base(self, name: str) -> None:
+        """Find the machine in the deployed generation. Evaluates what is there, builds nothing.
+
+        Raises `ChangeError` or `FlakeError`, but not where there is just nothing to test.
+        """
+        generations = self.generations()
+        if generations is not None:
+            with suppress(NothingToTestError):
+                self._base(generations.base, name)
 
     def candidate(self, name: str, reference: str, base: VmBuild, *, boot_loader: bool) -> VmBuild:
         """Build the VM of a candidate, from which the base can be switched back to.
@@ -77,10 +105,7 @@ class Deployments(Catalogue):
             secrets=self.more_secrets(name),
         )
         if build.toplevel == base.toplevel:
-            raise NothingToTestError(
-                f"{name} is the same in both generations: there is nothing to switch to "
-                f"({base.toplevel})."
-            )
+            raise _same(name, base)
         return build
 
     def difference(
@@ -107,8 +132,10 @@ class Deployments(Catalogue):
         try:
             machines = flake.machines()
         except EvaluationError as error:
-            raise EvaluationError(f"The base {reference} can't be evaluated. {error}") from None
+            raise EvaluationError(f"The deployed generation, {reference}: {error}") from None
         there = self._name_in(flake, name)
+        if reference == self.settings.from_:
+            self._check_name(reference, there, name)
         names = [machine.name for machine in machines]
         if there in names:
             return flake, there
@@ -123,12 +150,34 @@ class Deployments(Catalogue):
             f"be switched. (It has: {', '.join(names)}.)"
         )
 
+    def _check_name(self, reference: str, there: str, name: str) -> None:
+        """Raise where `reference` is `there`, one machine, and that is not what became of `name`.
+
+        One that now has another name is the one that is tested; of several it can't be told.
+        """
+        if there == name:
+            return
+        if there in {machine.name for machine in self.every_machine}:
+            raise NothingToTestError(f"--nixvm-from={reference} is about {there}, not {name}.")
+        if len(self.selected) > 1:
+            raise ChangeError(
+                f"--nixvm-from={reference}: which machine was called {there}? Name that one as "
+                f"well, with --nixvm-machine=NAME. There are: "
+                f"{', '.join(machine.name for machine in self.selected)}."
+            )
+
     def _name_in(self, flake: Flake, name: str) -> str:
         """Return what a machine is called in another flake: its name, or what stands behind #."""
         attribute = flake.reference.attribute
         if flake is self.flake or attribute in (None, "nixosConfigurations"):
             return name
         return flake.machines()[0].name
+
+
+def _same(name: str, build: VmBuild) -> NothingToTestError:
+    return NothingToTestError(
+        f"{name} is the same in both generations: there is nothing to switch to ({build.toplevel})."
+    )
 
 
 def _compare(candidate: Flake, name: str, base: tuple[Flake, str], shown: str) -> None:

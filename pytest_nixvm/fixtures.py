@@ -112,7 +112,8 @@ def change(request: pytest.FixtureRequest, nixvm_machine: str) -> Change:
     try:
         return request.config.stash[RUN].change(request.node, nixvm_machine)
     except NothingToTestError as error:
-        pytest.skip(str(error))
+        # At the test's place; pytest.skip() would name this line as the reason's.
+        raise pytest.skip.Exception(str(error), _use_item_location=True) from None
     except NixvmError as error:
         fail(error)
 

@@ -60,6 +60,12 @@ def is_check(item: pytest.Item) -> bool:
     return hasattr(item, "nixvm_machines")
 
 
+def is_change(item: pytest.Item) -> bool:
+    """Whether an item tests the change from the deployed generation."""
+    check = getattr(item, "check", None)
+    return "change" in getattr(item, "fixturenames", ()) or bool(getattr(check, "change", False))
+
+
 def prepared_machines(item: pytest.Item) -> list[str]:
     """Return the machines that fixtures of `template` prepare for a test, where they are named."""
     info = getattr(item, "_fixtureinfo", None)

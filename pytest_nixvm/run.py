@@ -20,6 +20,7 @@ from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, U
 from pytest_nixvm.items import (
     PARAMETER,
     Mistake,
+    is_change,
     is_check,
     item_machines,
     marked_machines,
@@ -221,6 +222,9 @@ class Run:
                     f"{where}: {by} names {name!r}, which is no machine of "
                     f"{self.settings.flake}.{meant} Its machines: {', '.join(every)}."
                 )
+        if is_change(item):
+            for name in names:
+                self.fleet.check_base(name)
 
     def request(self, item: pytest.Item) -> MachineRequest:
         """Return what a test asks of its VM. Raises `SettingsError`."""
@@ -266,7 +270,8 @@ class Run:
 
         Raises `pytest.UsageError`, also for the mistake that a worker reports as an id.
         """
-        text = "\n".join(ids)
+        # A check builds its machine itself, so that those of others go on if that fails.
+        text = "\n".join(each for each in ids if not each.startswith("nixvm::"))
         if text.startswith(Mistake.PREFIX):
             raise pytest.UsageError(text.removeprefix(Mistake.PREFIX))
         if self.settings.flake is None:
