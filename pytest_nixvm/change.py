@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,27 +12,16 @@ from pytest_nixvm.change_result import (
     Mode,
     Rebooted,
     SwitchResult,
-    UnitFailure,
-    reboot_reasons,
     system_name,
 )
+from pytest_nixvm.change_switch import Switcher
 from pytest_nixvm.errors import (
-    ChannelError,
-    CommandTimeoutError,
     MachineError,
     SwitchError,
 )
 from pytest_nixvm.guest.result import Command, CommandResult
-from pytest_nixvm.guest.switch_job import PROFILE, Ended, Profile, resolve, run_job
+from pytest_nixvm.guest.switch_job import PROFILE, Profile, resolve
 from pytest_nixvm.guest.switching import DryRun, Outcome, outcome, parse_dry_run, parse_switch
-from pytest_nixvm.guest.unit_states import (
-    Happened,
-    UnitStates,
-    surprises,
-    unit_states,
-    what_became,
-)
-from pytest_nixvm.guest.ways_in import WaysIn
 
 if TYPE_CHECKING:
     from pytest_nixvm.flake.build import VmBuild
@@ -40,14 +30,6 @@ if TYPE_CHECKING:
 
 SWITCH_TIMEOUT = 600.0
 """Seconds that a switch may take."""
-
-DRY_RUN_TIMEOUT = 300.0
-
-LOOK_AFTER = 2.0
-"""Seconds after a switch's end at which the units are looked at, at the earliest."""
-
-REPORTED = 10
-"""Failed units whose status and journal are fetched: one cause may fail dozens."""
 
 _CURRENT = "/run/current-system"
 
@@ -81,10 +63,9 @@ class Change:
         self.candidate = candidate
         self.results: list[SwitchResult | Rebooted] = []
         self._difference = difference
-        self._ways = WaysIn(vm)
+        self._switcher = Switcher(vm)
         self._diff: Difference | None = None
         self._switched = False
-        self._jobs = 0
         self._booted = _toplevel(base)  # of which the kernel runs
         self._generation = _toplevel(base)  # that runs, without its specialisation
         self._default = _toplevel(base)  # what the boot loader was told
@@ -135,7 +116,7 @@ class Change:
         """
         system = self._system(_toplevel(self.candidate), specialisation)
         with self.vm.transcript.note("switch", f"dry-activate {system_name(system)}"):
-            done = self._dry_run(system)
+            done = self._switcher.dry_run(system)
         text = done.stdout + done.stderr
         if done.ok:
             return parse_dry_run(text)
@@ -216,7 +197,7 @@ class Change:
         began = time.monotonic()
         default = self.default
         failed = set(self.vm.failed_units())
-        self._switched = True
+        self._switched = self._switched or default != _toplevel(self.base)
         with self.vm.transcript.note("switch", f"reboot into {system_name(default)}"):
             if self.base.boot_loader:
                 self.vm.reboot(timeout)
@@ -231,7 +212,7 @@ class Change:
             into=current,
             generation=where,
             seconds=time.monotonic() - began,
-            failed_units=self._failures(tuple(fresh), None),
+            failed_units=self._switcher.failures(fresh),
         )
         self.results.append(result)
         self._booted = current
@@ -253,18 +234,23 @@ class Change:
         self, mode: str, generation: Path, system: Path, check: bool, timeout: float
     ) -> SwitchResult:
         activates = mode != "boot"
+        switched = self._switched
         title = f"{mode} {system_name(system)}"
         step = self.vm.progress.step(f"{self.vm.name}: {title}")
         try:
             with self.vm.transcript.note("switch", title) as entry:
-                result = self._attempt(mode, system, activates, timeout)
+                self._switched = self._switched or activates
+                result = self._switcher.switch(mode, system, timeout, booted=self._booted)
+                result = replace(result, generation=self._name(system))
                 entry.ok = result.ok
                 entry.outcome = result.text().splitlines()[0]
                 entry.output(result.output, "")
         except BaseException as error:
             step.fail(str(error).partition("\n")[0])
             raise
-        (step.finish if result.ok else step.fail)(result.outcome.value)
+        if result.outcome.refused or result.outcome is Outcome.NEEDS_REBOOT:
+            self._switched = switched
+        (step.finish if result.ok else step.fail)(result.verdict)
         self.results.append(result)
         if mode != "test" and not result.outcome.refused:
             self._default = generation
@@ -273,97 +259,6 @@ class Change:
         if check and not result.ok:
             raise SwitchError(result.text(), result=result)
         return result
-
-    def _attempt(self, mode: str, system: Path, activates: bool, timeout: float) -> SwitchResult:
-        promised: DryRun | None = None
-        before = UnitStates()
-        working: dict[str, str] = {}
-        if activates:
-            dry = self._dry_run(system)
-            promised = parse_dry_run(dry.stdout + dry.stderr) if dry.ok else None
-            working = self._ways.working()
-            before = self._states(promised.named if promised is not None else ())
-        switched, self._switched = self._switched, self._switched or activates
-        self._jobs += 1
-        argv = [f"{system}/bin/switch-to-configuration", mode]
-        ended = run_job(self.vm, self._jobs, argv, timeout)
-        over = time.monotonic()
-        told = parse_switch(ended.output)
-        result = _outcome(ended)
-        if result.refused or result is Outcome.NEEDS_REBOOT:
-            self._switched = switched
-        after = before
-        became = Happened()
-        lost: tuple[str, ...] = ()
-        ignored: tuple[str, ...] = ()
-        remarks: list[str] = []
-        if activates:
-            lost, remarks = self._ways.lost(working)
-            if result is not Outcome.UNREACHABLE and not result.refused:
-                # A service that fails at once had time for that now, in most cases.
-                time.sleep(max(0.0, LOOK_AFTER - (time.monotonic() - over)))
-                try:
-                    after, became = what_became(self._states, promised or DryRun(), before)
-                    ignored = self._ignored(ended.began)
-                except (ChannelError, CommandTimeoutError) as error:
-                    remarks.append(f"what became of the units could not be read: {error}")
-        if ended.unreachable:
-            lost += (f"the machine: {ended.unreachable}",)
-        if ended.returncode == 127:
-            remarks.append(f"{argv[0]} is not in the machine's store, or can't be run there")
-        return SwitchResult(
-            machine=self.vm.name,
-            mode=mode,
-            into=system,
-            outcome=result,
-            returncode=ended.returncode,
-            output=ended.output,
-            seconds=ended.seconds,
-            generation=self._name(system),
-            told=told,
-            promised=promised,
-            happened=became,
-            surprises=surprises(promised, became, before, after)
-            if promised is not None and result.activated and after is not before
-            else (),
-            failed_units=after.failed,
-            failed_before=before.failed,
-            newly_failed=self._failures(became.newly_failed, after),
-            lost_channels=lost,
-            ignored=ignored,
-            remarks=tuple(remarks),
-            reboot_reasons=reboot_reasons(mode, result, self._booted, system),
-        )
-
-    def _dry_run(self, system: Path) -> CommandResult:
-        argv = [f"{system}/bin/switch-to-configuration", "dry-activate"]
-        return self.vm.run(argv, timeout=DRY_RUN_TIMEOUT)
-
-    def _states(self, names: Iterable[str] = ()) -> UnitStates:
-        return unit_states(self._run, where=self.vm.name, names=names)
-
-    def _ignored(self, since: float) -> tuple[str, ...]:
-        """Return what is not obeyed since then; a reload of systemd tells the old ones again."""
-        from pytest_nixvm.checks.ignored import ignored
-
-        entries = self.vm.journal(priority="notice")
-        new = [each for each in entries if each.time.timestamp() >= since]
-        old = {str(each) for each in ignored(entries[: len(entries) - len(new)], "")}
-        return tuple(said for each in ignored(new, "") if (said := str(each)) not in old)
-
-    def _failures(
-        self, names: tuple[str, ...], states: UnitStates | None
-    ) -> tuple[UnitFailure, ...]:
-        systemd = self.vm.systemd()
-        found = []
-        for number, name in enumerate(names):
-            if states is not None:
-                result = states[name].result
-            else:
-                result = systemd.properties(name, "Result").get("Result", "")
-            report = systemd.report(name) if number < REPORTED else ""
-            found.append(UnitFailure(name, result, report))
-        return tuple(found)
 
     # --- generations ---------------------------------------------------------------------------
 
@@ -430,11 +325,3 @@ def _toplevel(build: VmBuild) -> Path:
     if build.toplevel is None:
         raise MachineError(f"{build.output} has no link to its system, so it can't be switched to.")
     return build.toplevel
-
-
-def _outcome(ended: Ended) -> Outcome:
-    if ended.unreachable:
-        return Outcome.UNREACHABLE
-    if not ended.finished:
-        return Outcome.UNFINISHED
-    return Outcome.ERROR if ended.returncode is None else outcome(ended.returncode, ended.output)

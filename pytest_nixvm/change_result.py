@@ -94,7 +94,7 @@ class SwitchResult:
         code = "no exit status" if self.returncode is None else f"exit status {self.returncode}"
         parts = [
             f"{self.machine}, {_VERBS[self.mode]} {_named(self.generation, self.into)}: "
-            f"{self._verdict()}.",
+            f"{self.verdict}.",
             f"(switch-to-configuration {self.mode}: {code}, {self.seconds:.1f} s; {self.into})",
         ]
         if self.lost_channels:
@@ -115,7 +115,9 @@ class SwitchResult:
             parts.append(_indent(tail(self._said(), SHOWN_LINES)))
         return "\n".join(parts)
 
-    def _verdict(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """How it went, in one clause for a person."""
         troubles = []
         if self.newly_failed:
             troubles.append(f"{', '.join(each.name for each in self.newly_failed)} failed")

@@ -159,7 +159,7 @@ class Machine:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    monkeypatch.setattr("pytest_nixvm.change.LOOK_AFTER", 0.0)
+    monkeypatch.setattr("pytest_nixvm.change_switch.LOOK_AFTER", 0.0)
 
     def system(name, **files):
         place = tmp_path / name
@@ -435,6 +435,7 @@ def test_a_reboot_without_a_boot_loader_starts_the_other_build(make):
 def test_a_reboot_before_any_switch_is_into_the_deployed_generation(make):
     change = make()
     assert change.reboot().generation == "base"
+    assert change.before is change.vm
 
 
 def test_a_reboot_through_the_boot_loader_is_checked(make, tmp_path):
