@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -130,11 +130,11 @@ def _checks(run: Run, machine: str) -> list[Check]:
     found = [check for check in BUILT_IN if not check.change or run.settings.from_ is not None]
     names = {check.name for check in BUILT_IN}
     for more in run.config.hook.pytest_nixvm_checks(machine=machine):
-        for check in more or ():
+        for check in more if isinstance(more, Iterable) else [more]:
             if not isinstance(check, Check):
                 raise SettingsError(
                     f"pytest_nixvm_checks({machine!r}) returned {check!r}; it should return "
-                    "objects of pytest_nixvm.checks.Check."
+                    "a list of pytest_nixvm.checks.Check."
                 )
             if check.name in names:
                 raise SettingsError(
@@ -262,6 +262,11 @@ class CheckItem(pytest.Item):
         """The machine's name."""
         return self.nixvm_machines[0]
 
+    @property
+    def obj(self) -> object:
+        """What `pytest --collect-only -v` shows the docstring of."""
+        return self.check.run
+
     # "dev-vm::boots" is what a failure's headline shows; there is no file to look into.
     @property
     def location(self) -> tuple[str, int | None, str]:
@@ -357,7 +362,7 @@ class CheckItem(pytest.Item):
         def acquire() -> Machine:
             run = self.config.stash[RUN]
             self.parent.scopes.add(scope)
-            machine = run.fleet.acquire(self.machine, replace(run.request(self)), scope)
+            machine = run.fleet.acquire(self.machine, run.request(self), scope)
             run.used(self, machine, fresh=False)
             return machine
 

@@ -80,10 +80,16 @@ def sockets(vm: Machine) -> Sockets:
         for line in told.splitlines():
             pid, _, group = line.partition(" ")
             units[pid] = unit_of(group)
+    waiting: dict[int, str] = {}
+    if "1" in pids:  # systemd listens for others
+        waiting = socket_units(
+            vm.systemd().call("list-sockets", "--all", "--plain", "--no-legend", "--full").stdout
+        )
     found = []
     for protocol, port, addresses in _joined(parts):
         name, number = owners.get((protocol, port), ("", 0))
-        found.append(Listener(protocol, port, addresses, name, units.get(str(number), "")))
+        unit = waiting.get(port, "") if number == 1 else units.get(str(number), "")
+        found.append(Listener(protocol, port, addresses, name, unit))
     return Sockets(tuple(found), tuple(parts.get("cards", "").split()))
 
 
@@ -143,9 +149,20 @@ def processes(told: str) -> dict[tuple[str, int], tuple[str, int]]:
     return found
 
 
+def socket_units(told: str) -> dict[int, str]:
+    """Return the socket units by port, of `systemctl list-sockets`."""
+    found = {}
+    for line in told.splitlines():
+        address, _, rest = line.partition(" ")
+        port = address.rpartition(":")[2]
+        if port.isdigit() and rest.split():
+            found[int(port)] = rest.split()[0]
+    return found
+
+
 def unit_of(group: str) -> str:
     """Return the unit of a control group: 0::/system.slice/nginx.service."""
-    for part in reversed(group.split("/")):
-        if re.search(r"\.(?:service|scope|socket)$", part):
+    for part in reversed(group.strip().split("/")):
+        if re.search(r"\.(?:service|scope)$", part):
             return part
-    return "systemd" if group.strip().endswith("init.scope") else ""
+    return ""

@@ -74,6 +74,11 @@ def test_each_machine_has_each_check(checks):
     assert "nixvm::web::switch" not in ids
 
 
+def test_what_a_check_looks_at_is_shown_on_request(checks):
+    shown = str(checks("--collect-only", "-v", "--nixvm-check", "-k", "db and boots").stdout)
+    assert "The machine boots: " in shown
+
+
 def test_without_the_option_there_are_none(checks):
     assert collected(checks("--collect-only", "-q")) == []
 

@@ -14,7 +14,14 @@ from pytest_nixvm.checks.logins import Account, key_trouble, parse
 from pytest_nixvm.checks.logins import judge as judge_users
 from pytest_nixvm.checks.ports import judge as judge_ports
 from pytest_nixvm.checks.power import shutdown_trouble
-from pytest_nixvm.checks.sockets import Listener, Sockets, listening, processes, unit_of
+from pytest_nixvm.checks.sockets import (
+    Listener,
+    Sockets,
+    listening,
+    processes,
+    socket_units,
+    unit_of,
+)
 from pytest_nixvm.checks.units import excuse
 from pytest_nixvm.errors import BootError
 from pytest_nixvm.flake.declared import Firewall, User
@@ -222,7 +229,8 @@ def test_the_kernel_s_tables_are_read():
     told = 'tcp LISTEN 0 128 0.0.0.0:22 0.0.0.0:* users:(("sshd",pid=210,fd=3))\n'
     assert processes(told) == {("tcp", 22): ("sshd", 210)}
     assert unit_of("0::/system.slice/nginx.service") == "nginx.service"
-    assert unit_of("0::/init.scope") == "init.scope"
+    listed = "/run/udev/control udevd.socket x.service\n[::]:5555 listen.socket listen@.service\n"
+    assert socket_units(listed) == {5555: "listen.socket"}
 
 
 # --- users ----------------------------------------------------------------------------------------
