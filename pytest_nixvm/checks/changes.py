@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm.checks.base import Checked, DoesNotApply, and_more, finding
 from pytest_nixvm.checks.units import excuse
-from pytest_nixvm.errors import (
-    BootError,
-    CheckFailedError,
-    NixvmError,
-    SshError,
-    SwitchError,
-)
+from pytest_nixvm.errors import ChannelError, CheckFailedError, MachineError, NixvmError
 
 if TYPE_CHECKING:
     from pytest_nixvm.change import Change
@@ -65,7 +59,7 @@ class Steps:
             try:
                 self._rebooted = self.begin().reboot(check=False)
                 self.no_ssh = self._why_no_ssh() if had_ssh else ""
-            except (SwitchError, BootError) as error:
+            except MachineError as error:
                 self._rebooted = error
         if isinstance(self._rebooted, NixvmError):
             raise CheckFailedError(str(self._rebooted))
@@ -86,7 +80,7 @@ class Steps:
             ssh = self.begin().vm.ssh
             ssh.close()  # a new log-in, as after the reboot
             _ = ssh.client
-        except SshError as error:
+        except ChannelError as error:
             return str(error)
         return ""
 

@@ -41,6 +41,9 @@ _MODULE = re.compile(
 )
 _PARAMETERS = re.compile(r"Unknown kernel command line parameters \"([^\"]*)\"")
 
+# Who says such things; an application's own words are its own business.
+_TOLD_BY = re.compile(r"systemd(?:-[\w-]+)?|\([\w-]+\)|kernel|modprobe|stage-[12]-init|udevadm")
+
 # What a userland of NixOS reads from the kernel's command line, though the kernel does not know it.
 _WORDS = """
 splash rhgb BOOT_IMAGE copytoram findiso debugtrace shell allowShell single emergency rescue 1 2 3 4
@@ -90,6 +93,8 @@ def ignored(entries: Iterable[JournalEntry], kernel_params: str) -> list[Ignored
     cycle: Ignored | None = None
     for entry in entries:
         message = entry.message.strip()
+        if not _TOLD_BY.fullmatch(entry.identifier) and "CONFIG_FILE" not in entry.fields:
+            continue
         if entry.identifier == "kernel":
             for each in _kernel(message, kernel_params):
                 found.setdefault(str(each), each)
@@ -142,8 +147,6 @@ def _module(message: str) -> Ignored | None:
 
 def _syntax(entry: JournalEntry, message: str) -> Ignored | None:
     place = _PLACE.match(message)
-    if not entry.identifier.startswith(("systemd", "(")) and "CONFIG_FILE" not in entry.fields:
-        return None
     file = entry.fields.get("CONFIG_FILE") or (place["file"] if place else "")
     if not file:
         return None

@@ -120,7 +120,9 @@ def judge(declared: list[User], accounts: Mapping[str, Account]) -> tuple[list[s
             f"{user.name}'s authorized key {reason} ({option}.openssh.authorizedKeys)."
             for reason in broken
         ]
-        if user.normal and not usable and not user.keys and _has_shell(account):
+        # A password's file may be a secret, which has no real value here.
+        shut_out = not usable and not user.keys and user.password != "file"  # noqa: S105
+        if user.normal and shut_out and _has_shell(account):
             notes.append(
                 f"{user.name} has neither a password nor a key, and can only be reached from root "
                 f"({option}.hashedPassword, {option}.openssh.authorizedKeys.keys)"

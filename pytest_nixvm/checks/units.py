@@ -166,7 +166,7 @@ def home_manager(checked: Checked) -> None:
     vm = checked.vm
     wrong = []
     for user in users:
-        name = f"home-manager-{user}.service"
+        name = f"home-manager-{_escaped(user)}.service"
         shown = vm.systemd().properties(name, "LoadState", "ActiveState", "Result")
         if shown.get("LoadState") == "not-found":
             wrong.append(f"{name} does not exist: home-manager.users.{user} has come to nothing")
@@ -179,3 +179,8 @@ def home_manager(checked: Checked) -> None:
             todo="A file that is in the way is the usual reason: "
             "home-manager.backupFileExtension moves it.",
         )
+
+
+def _escaped(name: str) -> str:
+    """Return a name as systemd.unit(5) has it in the name of a unit."""
+    return re.sub(r"[^A-Za-z0-9:_.]", lambda match: rf"\x{ord(match[0]):02x}", name)

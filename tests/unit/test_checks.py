@@ -123,6 +123,11 @@ def test_what_is_obeyed_all_the_same_is_not_told(message):
     assert said(entry(message)) == ""
 
 
+def test_an_application_s_own_words_are_not_systemd_s():
+    assert said(entry("/etc/app.conf:3: unknown key 'a', ignoring", "app")) == ""
+    assert said(entry("module left-pad not found", "node")) == ""
+
+
 def test_the_same_line_is_told_once():
     message = "/etc/systemd/system/web.service:12: Unknown key 'A' in section [Service], ignoring."
     assert len(ignored([entry(message), entry(message)], "")) == 1
