@@ -34,7 +34,7 @@ def pytest_nixvm_checks(machine: str) -> Sequence[Check]:  # type: ignore[empty-
 def pytest_nixvm_secrets(machine: str) -> Sequence[Secret]:  # type: ignore[empty-body]
     """Return secrets that a machine expects and its configuration does not declare.
 
-        from pytest_nixvm.flake import Secret
+        from pytest_nixvm import Secret
 
         def pytest_nixvm_secrets(machine):
             return [Secret("wifi", "/run/keys/wifi", owner="root", group="root", mode="0400")]

@@ -25,7 +25,8 @@ class Secrets:
 
     A value is written where the machine expects it, with the declared owner, group and mode, and
     stays over switches and reboots of the VM. Units that the declaration wants restarted or
-    reloaded for it are. What sops-nix makes of templates gets it at the next switch.
+    reloaded for it are, if they run or have failed. What sops-nix makes of templates gets it at the
+    next switch, and so does /etc/shadow the hash of a password.
     """
 
     def __init__(self, vm: Machine) -> None:
@@ -49,8 +50,13 @@ class Secrets:
         # sops-nix and agenix have a link at `path`; what it leads to is the file.
         path = self._vm.run(["readlink", "-m", "--", secret.path], check=True).stdout.strip()
         self._write(value, path, secret.mode, secret.owner, secret.group)
+        # One that has failed for want of this value is not running, and yet it is to run now.
+        wanted = secret.restart_units
+        failed = [unit for unit in self._vm.failed_units() if unit in wanted] if wanted else []
         for verb, units in (
-            ("try-restart", secret.restart_units),
+            ("reset-failed", failed),
+            ("start", failed),
+            ("try-restart", [unit for unit in wanted if unit not in failed]),
             ("try-reload-or-restart", secret.reload_units),
         ):
             if units:
