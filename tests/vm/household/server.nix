@@ -53,7 +53,7 @@
     group = "shop";
   };
   users.groups.shop = { };
-  # It reads its secret when it starts, and says what it has read: as a digest.
+  # It reads its secret when it starts, fails without one, and says what it has read: as a digest.
   systemd.services.shop = {
     description = "A shop";
     wantedBy = [ "multi-user.target" ];
@@ -62,6 +62,7 @@
       RuntimeDirectory = "shop";
     };
     script = ''
+      test -s ${config.sops.secrets."shop/database".path}
       sha256sum < ${config.sops.secrets."shop/database".path} > /run/shop/index.html
       exec ${pkgs.busybox}/bin/busybox httpd -f -p 8080 -h /run/shop
     '';
