@@ -114,6 +114,11 @@ def select(items: Sequence[pytest.Item], wanted: Sequence[str]) -> list[pytest.I
         start = word.rstrip(":")
         named = [i for i in items if i.nodeid == start or i.nodeid.startswith(f"{start}::")]
         if not named:
+            if start.rpartition("::")[2] in _of_changes():
+                raise SettingsError(
+                    f"{word} is a check of the change from the deployed generation, which "
+                    "--nixvm-from=REF names: HEAD~1, a branch, or a flake reference."
+                )
             every = [item.nodeid for item in items]
             near = difflib.get_close_matches(start, every, 1)
             meant = f" Did you mean {near[0]}?" if near else ""
@@ -121,6 +126,12 @@ def select(items: Sequence[pytest.Item], wanted: Sequence[str]) -> list[pytest.I
             raise SettingsError(f"There is no check {word}.{meant} There are checks of: {there}.")
         chosen.update(named)
     return [item for item in items if item in chosen]
+
+
+def _of_changes() -> set[str]:
+    from pytest_nixvm.checks import BUILT_IN
+
+    return {check.name for check in BUILT_IN if check.change}
 
 
 def _checks(run: Run, machine: str) -> list[Check]:

@@ -36,7 +36,7 @@ from pytest_nixvm.settings import MachineRequest, Settings
 
 if TYPE_CHECKING:
     from pytest_nixvm.change import Change
-    from pytest_nixvm.flake.build import MachineInfo
+    from pytest_nixvm.flake.build import MachineInfo, Secret
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.snapshots import Snapshot
@@ -121,13 +121,25 @@ class Run:
         )
         if told:
             fleet.unchanged = tuple(told["unchanged"])
-        hook = self.config.hook.pytest_nixvm_secrets
-        fleet.more_secrets = lambda name: tuple(
-            secret for secrets in hook(machine=name) for secret in secrets or ()
-        )
+        fleet.more_secrets = self._more_secrets
         fleet.on_start = self._started
         fleet.on_end = self._ended
         return fleet
+
+    def _more_secrets(self, name: str) -> Sequence[Secret]:
+        """Return what the hook says of a machine. Raises `SettingsError` for what is no secret."""
+        from pytest_nixvm.flake.build import Secret
+
+        found: list[Secret] = []
+        for more in self.config.hook.pytest_nixvm_secrets(machine=name):
+            for secret in more if isinstance(more, Iterable) else [more]:
+                if not isinstance(secret, Secret):
+                    raise SettingsError(
+                        f"pytest_nixvm_secrets({name!r}) returned {more!r}; it should return a "
+                        "list of pytest_nixvm.Secret."
+                    )
+                found.append(secret)
+        return found
 
     def close(self) -> None:
         """End every VM."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 import pytest
@@ -255,3 +256,30 @@ def test_mistakes_and_skips_with_workers(project: Project):
     done = project.run("--nixvm-from=HEAD~1", "-n", "2", apart=True)
     assert done.parseoutcomes() == {"skipped": 1}
     assert "web is the same in both generations" in said(done)
+
+
+# --- how it is run again -------------------------------------------------------------------------
+
+
+def test_the_command_that_runs_it_again_has_both_generations(project: Project):
+    project.commit(host("web"))
+    project.write(
+        "from pytest_nixvm.report import reproduce\n"
+        "from pytest_nixvm.run import RUN\n"
+        "def test_it(pytestconfig):\n"
+        "    settings = pytestconfig.stash[RUN].settings\n"
+        "    print('AGAIN', reproduce.command(pytestconfig, settings, 'nixvm::web::switch'))\n"
+    )
+    done = project.run(
+        "-s", "--nixvm-from=HEAD~1#old web", "--nixvm-boot-loader",
+        "--nixvm-check-off=web: ports: it's a toy",
+    )  # fmt: skip
+    [line] = [line for line in done.outlines if "AGAIN" in line]
+    words = shlex.split(line.partition("AGAIN ")[2])
+    assert {
+        f"--nixvm-flake={project.repository}",
+        "--nixvm-from=HEAD~1#old web",
+        "--nixvm-boot-loader",
+        "--nixvm-check-off=web: ports: it's a toy",
+    } <= set(words)
+    assert words[-1] == "nixvm::web::switch"
