@@ -13,6 +13,7 @@ from pytest_nixvm.catalogue import Catalogue
 from pytest_nixvm.errors import BuildError, ChangeError, EvaluationError, NothingToTestError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.flake import Flake
+from pytest_nixvm.flake.words import listed, near
 from pytest_nixvm.settings import Generations
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class Deployments(Catalogue):
         for candidate in generations.candidates:
             flake = self.flake_of(candidate)
             other = self._name_in(flake, name)
+            names = [machine.name for machine in flake.machines()]
+            if other not in names:  # or it would be said to be new
+                raise ChangeError(
+                    f"{flake.reference} has no machine {other}{near(other, names)} "
+                    f"It has: {listed(names)}."
+                )
             _compare(flake, other, self._base(generations.base, name), name)
             carries.append(
                 flake.toplevel(
