@@ -26,7 +26,7 @@ class Secrets:
     A value is written where the machine expects it, with the declared owner, group and mode, and
     stays over switches and reboots of the VM. Units that the declaration wants restarted or
     reloaded for it are, if they run or have failed. What sops-nix makes of templates gets it at the
-    next switch, and so does /etc/shadow the hash of a password.
+    next switch or reboot; /etc/shadow the hash of a password, too, if `users.mutableUsers` is off.
     """
 
     def __init__(self, vm: Machine) -> None:
