@@ -15,7 +15,7 @@ from pytest_nixvm.report.account import Account
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed test, as much of it as a line holds."""
+    """A failed test, as much of it as a line holds; a check of --nixvm-check has no `file`."""
 
     nodeid: str
     file: str
@@ -53,8 +53,8 @@ def summary(failures: list[Failure], account: Account, passed: int) -> str:
 
 def annotation(failure: Failure) -> str:
     """Return the workflow command that marks a failed test in the change's view."""
-    place = f"file={_property(failure.file)},line={failure.line}"
-    return f"::error {place},title={_property(failure.nodeid)}::{_data(failure.reason)}"
+    place = f"file={_property(failure.file)},line={failure.line}," if failure.file else ""
+    return f"::error {place}title={_property(failure.nodeid)}::{_data(failure.reason)}"
 
 
 def write_summary(text: str, environment: Mapping[str, str] = os.environ) -> None:

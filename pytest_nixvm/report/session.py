@@ -56,6 +56,8 @@ class Session:
 
 def _failure(report: pytest.TestReport) -> github.Failure:
     file, line, _ = report.location
+    if line is None:  # a check: it is in no file
+        file = ""
     crash = getattr(report.longrepr, "reprcrash", None)
     reason = crash.message if crash is not None else str(report.longrepr or "")
     folder = dict(report.user_properties).get("nixvm_output", "")
