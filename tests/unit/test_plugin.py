@@ -302,3 +302,45 @@ def test_a_marker_s_mistake_with_workers(project):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     project.write("import pytest\n@pytest.mark.nixvm('wep')\ndef test_it(vm): pass\n")
     assert "Did you mean 'web'?" in project.mistake("-n", "2", apart=True)
+
+
+# --- boot loader, generations: what a test asks of its machine -----------------------------------
+
+
+def test_a_marker_s_boot_loader_must_be_a_truth(project):
+    project.write("import pytest\n@pytest.mark.nixvm(boot_loader='grub')\ndef test_it(vm): pass\n")
+    message = project.mistake("-k", "web")
+    assert "test_it.py::test_it[web]: the nixvm marker's boot_loader must be True" in message
+
+
+def test_what_a_test_asks_of_its_machine(project):
+    project.write(
+        "import pytest\n"
+        "from pytest_nixvm.run import RUN\n"
+        "@pytest.fixture\n"
+        "def asked(request): return request.config.stash[RUN].request(request.node)\n"
+        "def test_plain(asked): assert asked.boot_loader is False\n"
+        "@pytest.mark.nixvm(boot_loader=True, memory=512)\n"
+        "def test_marked(asked): assert (asked.boot_loader, asked.memory) == (True, 512)\n"
+        "@pytest.mark.nixvm(boot_loader=True)\n"
+        "class TestAll:\n"
+        "    @pytest.mark.nixvm(boot_loader=False)\n"
+        "    def test_closer(self, asked): assert asked.boot_loader is False\n"
+    )
+    assert project.run().parseoutcomes() == {"passed": 3}
+
+
+def test_every_option_is_explained(project):
+    done = project.pytester.runpytest_inprocess("--help")
+    text = " ".join(done.stdout.str().split())
+    for option in ("from=REF", "changed=REF", "check ", "check-off=", "fidelity", "boot-loader"):
+        assert f"--nixvm-{option}" in text
+    assert "nixvm_check_off (linelist)" in text
+    assert done.ret == 0
+
+
+def test_the_header_names_the_deployed_generation(project):
+    project.write("def test_plain(): pass\n")
+    done = project.run("--nixvm-from=HEAD~1")
+    assert "nixvm: deployed generation HEAD~1" in done.stdout.str()
+    assert done.ret == 0
