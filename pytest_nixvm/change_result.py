@@ -60,13 +60,13 @@ class SwitchResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it went through, no unit failed by it, and every way in still works.
+        """Whether it went through, no unit failed, nothing is ignored, every way in still works.
 
         switch-to-configuration also tells of units that had failed before and fail again: those are
         no fault of this switch, whatever its exit status.
         """
         went = self.outcome is Outcome.DONE or self.failed_as_before
-        return went and not self.newly_failed and not self.lost_channels
+        return went and not (self.newly_failed or self.lost_channels or self.ignored)
 
     @property
     def failed_as_before(self) -> bool:
@@ -124,6 +124,9 @@ class SwitchResult:
         for channel in self.lost_channels:
             name = channel.partition(":")[0]
             troubles.append(_LOST.get(name, f"{name} can't be reached any more"))
+        if self.ignored:
+            some = "a setting is" if len(self.ignored) == 1 else f"{len(self.ignored)} settings are"
+            troubles.append(f"{some} silently ignored")
         if self.outcome is Outcome.UNITS_FAILED and self.newly_failed:
             return ", and ".join(troubles)
         verdict = explain(self.outcome, self.told, self.returncode)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nixvm.change_result import SwitchResult, UnitFailure, reboot_reasons
 from pytest_nixvm.errors import ChannelError, CommandTimeoutError
+from pytest_nixvm.guest.ignored import ignored
 from pytest_nixvm.guest.result import Command, CommandResult
 from pytest_nixvm.guest.switch_job import Ended, run_job
 from pytest_nixvm.guest.switching import DryRun, Outcome, outcome, parse_dry_run, parse_switch
@@ -64,7 +65,7 @@ class Switcher:
         after = before
         became = Happened()
         lost: tuple[str, ...] = ()
-        ignored: tuple[str, ...] = ()
+        disobeyed: tuple[str, ...] = ()
         remarks: list[str] = []
         if activates:
             lost, remarks = self._ways.lost(working)
@@ -73,7 +74,7 @@ class Switcher:
                 time.sleep(max(0.0, LOOK_AFTER - (time.monotonic() - over)))
                 try:
                     after, became = what_became(self._states, promised or DryRun(), before)
-                    ignored = self._ignored(ended.began)
+                    disobeyed = self._ignored(ended.began)
                 except (ChannelError, CommandTimeoutError) as error:
                     remarks.append(f"what became of the units could not be read: {error}")
         if ended.unreachable:
@@ -98,7 +99,7 @@ class Switcher:
             failed_before=before.failed,
             newly_failed=self.failures(became.newly_failed, after),
             lost_channels=lost,
-            ignored=ignored,
+            ignored=disobeyed,
             remarks=tuple(remarks),
             reboot_reasons=reboot_reasons(mode, result, booted, system),
         )
@@ -113,8 +114,6 @@ class Switcher:
 
     def _ignored(self, since: float) -> tuple[str, ...]:
         """Return what is not obeyed since then; a reload of systemd tells the old ones again."""
-        from pytest_nixvm.checks.ignored import ignored
-
         entries = self._vm.journal(priority="notice")
         new = [each for each in entries if each.time.timestamp() >= since]
         old = {str(each) for each in ignored(entries[: len(entries) - len(new)], "")}

@@ -131,6 +131,8 @@ def switch(checked: Checked) -> None:
         )
     if result.outcome not in (Outcome.DONE, Outcome.UNITS_FAILED, Outcome.NEEDS_REBOOT):
         raise CheckFailedError(result.text())
+    if result.ignored:  # a failure of its own: ignored-configuration
+        checked.warn("silently ignored by the switch: " + "; ".join(result.ignored))
     if result.surprises:
         checked.warn("not as the dry run had promised: " + "; ".join(result.surprises))
 

@@ -11,7 +11,7 @@ from pytest_nixvm.checks.changes import (
     switch,
 )
 from pytest_nixvm.checks.channels import agent, boots, ssh
-from pytest_nixvm.checks.ignored import ignored_configuration
+from pytest_nixvm.checks.configuration import ignored_configuration
 from pytest_nixvm.checks.logins import log_in
 from pytest_nixvm.checks.ports import ports
 from pytest_nixvm.checks.power import reboot, shutdown

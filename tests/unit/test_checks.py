@@ -8,8 +8,6 @@ import pytest
 
 from pytest_nixvm.checks import BUILT_IN
 from pytest_nixvm.checks.base import Checked, DoesNotApply, ToldError
-from pytest_nixvm.checks.directives import hint
-from pytest_nixvm.checks.ignored import ignored, option_of
 from pytest_nixvm.checks.logins import Account, key_trouble, parse
 from pytest_nixvm.checks.logins import judge as judge_users
 from pytest_nixvm.checks.ports import judge as judge_ports
@@ -25,6 +23,8 @@ from pytest_nixvm.checks.sockets import (
 from pytest_nixvm.checks.units import excuse
 from pytest_nixvm.errors import BootError
 from pytest_nixvm.flake.declared import Firewall, User
+from pytest_nixvm.guest.directives import hint
+from pytest_nixvm.guest.ignored import ignored, option_of
 from pytest_nixvm.guest.journal import JournalEntry
 
 KEY = (

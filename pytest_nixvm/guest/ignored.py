@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pytest_nixvm.checks.base import Checked, finding
-from pytest_nixvm.checks.directives import hint
+from pytest_nixvm.guest.directives import hint
 
 if TYPE_CHECKING:
     from pytest_nixvm.guest.journal import JournalEntry
@@ -68,23 +67,6 @@ class Ignored:
         lines += [f"    {each}" for each in self.more]
         advice = " ".join(filter(None, (self.hint, self.option and f"Option: {self.option}")))
         return "\n".join([*lines, *([f"    {advice}"] if advice else [])])
-
-
-def ignored_configuration(checked: Checked) -> None:
-    """Nothing in the configuration was silently ignored: keys, values, modules, order of units."""
-    vm = checked.vm
-    toplevel = checked.build.toplevel
-    given = ""
-    if toplevel is not None and (toplevel / "kernel-params").is_file():
-        given = (toplevel / "kernel-params").read_text(errors="replace")
-    found = ignored(vm.journal(priority="notice"), given)
-    if found:
-        raise finding(
-            f"{len(found)} thing{'s' if len(found) > 1 else ''} in the configuration of "
-            f"{checked.name} {'are' if len(found) > 1 else 'is'} silently ignored.",
-            *map(str, found),
-            todo="The machine runs without it, and nothing fails: only the journal says so.",
-        )
 
 
 def ignored(entries: Iterable[JournalEntry], kernel_params: str) -> list[Ignored]:
