@@ -473,4 +473,5 @@ RUN = pytest.StashKey[Run]()
 
 def fail(error: NixvmError) -> NoReturn:
     """Fail a fixture with an error's own text: what was wrong is said there, not in our code."""
-    pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)
+    # From None: it would be shown a second time, as what was handled meanwhile.
+    raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None

@@ -97,4 +97,5 @@ def said(done: pytest.RunResult) -> str:
     output = f"{done.stdout}\n{done.stderr}"
     assert "Traceback" not in output, output
     assert "INTERNALERROR" not in output, output
+    assert "During handling of" not in output, output
     return output
