@@ -12,10 +12,11 @@ if [ ! /var/lib/nixos/accounts -ef "$accounts" ] || [ -z "$mutable" ]; then
     for file in passwd group shadow; do mv /etc/$file.new /etc/$file; done
   fi
   while read -r name file; do
-    if [ -r "$file" ]; then read -r hash < "$file"; usermod -p "$hash" "$name"; fi
+    # `read` fails where the last line has no end, and has read it all the same.
+    if [ -r "$file" ] && { read -r hash < "$file" || [ "$hash" ]; }; then usermod -p "$hash" "$name"; fi
   done < "$accounts/password-files"
   while read -r mode uid gid home; do
-    [ -d "$home" ] || install -d -m "$mode" -o "$uid" -g "$gid" "$home"
+    install -d -m "$mode" -o "$uid" -g "$gid" "$home"
   done < "$homes"
   ln -sfn "$accounts" /var/lib/nixos/accounts
 fi
