@@ -37,9 +37,9 @@
     group = "users";
     mode = "0440";
   };
-  # A file, not a link, in a directory that is made for it.
+  # A file, not a link, in a home that is not there yet when agenix makes it.
   age.secrets.mail = {
-    path = "/var/lib/mail/token";
+    path = "/home/alice/.mail/token";
     symlink = false;
     owner = "alice";
   };
