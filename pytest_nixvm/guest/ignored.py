@@ -130,7 +130,8 @@ def _module(message: str) -> Ignored | None:
 def _syntax(entry: JournalEntry, message: str) -> Ignored | None:
     place = _PLACE.match(message)
     file = entry.fields.get("CONFIG_FILE") or (place["file"] if place else "")
-    if not file:
+    # What a program has started with systemd-run is nobody's configuration.
+    if not file or file.startswith("/run/systemd/transient/"):
         return None
     said = place["said"] if place else message
     if not _IGNORED.search(said) or _OBEYED.search(said):

@@ -32,16 +32,23 @@ GIVE_UP = 2
 
 _COMMAND_TIMEOUT = 60.0
 
-# The `$` of the inner text is not systemd's to expand: it has neither `${` nor a word that begins
-# with `$`. /run is a tmpfs: a full disk does not take the result away.
+# What the unit runs is a file: of a script among its arguments systemd would complain when it reads
+# the unit again, in a switch. /run is a tmpfs: a full disk does not take the result away.
 _START = r"""
 mkdir -p -- "$1" || exit
 place=$1 unit=$2
 shift 2
 printf '%s\n' "$EPOCHREALTIME"
-job='exec </dev/null >"$0/output" 2>&1; echo "$BASHPID" >"$0/pid"; "$@"; echo "$?" >"$0/status"'
+cat >"$place/job" <<'END' || exit
+place=$1
+shift
+exec </dev/null >"$place/output" 2>&1
+echo "$BASHPID" >"$place/pid"
+"$@"
+echo "$?" >"$place/status"
+END
 exec systemd-run --quiet --no-ask-password --collect --unit="$unit" --service-type=exec -- \
-  "$BASH" -c "$job" "$place" "$@"
+  "$BASH" "$place/job" "$place" "$@"
 """
 
 _ENDED = r"""
