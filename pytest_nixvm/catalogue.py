@@ -93,6 +93,7 @@ class Catalogue:
                     override_inputs=self.settings.override_input,
                     progress=self.progress,
                     logs=self.out.shared("nix"),
+                    label="" if text == self.settings.flake else text,
                 )
             return self._flakes[text]
 

@@ -35,7 +35,7 @@ class Flake:
     `override_inputs` are pairs of an input's name and the reference to use in its place. `cache`
     is a directory that outlives the session; results are rooted there, and what an unchanged
     flake gave is remembered there. `logs`, if given, gets the output of evaluations and builds.
-    Timeouts are in seconds.
+    Timeouts are in seconds. `label` tells it from another flake of the session in what is shown.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class Flake:
         logs: Path | None = None,
         evaluation_timeout: float = 600,
         build_timeout: float = 7200,
+        label: str = "",
     ) -> None:
         self.reference = reference
+        self._label = f" ({label})" if label else ""
         self.nix = nix
         self._cache = Cache(cache)
         self._progress = progress or Silent()
@@ -278,7 +280,7 @@ class Flake:
         answer, _ = self._evaluator.ask(
             f"{what} {info.attribute}",
             f"this.{what} {nix_list(attribute_path(info.attribute))}",
-            title=info.name,
+            title=f"{info.name}{self._label}",
             attribute=info.attribute,
         )
         return answer
@@ -289,7 +291,7 @@ class Flake:
         plan, seconds = self._evaluator.ask(
             question,
             variant.expression(attribute_path(info.attribute)),
-            title=info.name,
+            title=f"{info.name}{self._label}",
             attribute=info.attribute,
         )
         what = f"{info.attribute} of {self._evaluator.what}"
@@ -312,7 +314,7 @@ class Flake:
         self, info: MachineInfo, plan: Mapping[str, Any], root: Path, words: Sequence[str]
     ) -> float:
         log = "-".join([f"build-{info.name}", *words])
-        step = self._progress.step(f"Building {info.name}")
+        step = self._progress.step(f"Building {info.name}{self._label}")
         began = time.monotonic()
         output_only = not Path(plan["derivation"]).exists()
         try:
