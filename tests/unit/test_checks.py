@@ -117,6 +117,8 @@ def test_the_journal_s_fields_tell_the_place_as_well():
         "/etc/systemd/system/x.service:8: Standard output type syslog is obsolete, automatically "
         "updating to journal. Please update your unit file, and consider removing the setting.",
         "x.service: Main process exited, code=exited, status=1/FAILURE",
+        # systemd-run's, which systemd itself has written.
+        '/run/systemd/transient/run-1.service:9: Ignoring unknown escape sequences: "echo \\$0"',
     ],
 )
 def test_what_is_obeyed_all_the_same_is_not_told(message):
