@@ -162,17 +162,22 @@ class Catalogue:
         return self.flake.declared(name)
 
     def fidelity(self, name: str) -> tuple[NotTested, ...]:
-        """Return what a machine's VM does not test.
+        """Return what a machine's VM does not test: the one that was made last, if one was.
 
         Raises `FlakeError`.
         """
         from pytest_nixvm.fidelity import fidelity
 
         settings = self.settings
-        build = self.build(
-            name,
-            freezable=settings.isolation == "test",
-            boot_loader=settings.boot_loader,
+        made = [build for (of, *_), build in self._builds.items() if of == name]
+        build = (
+            made[-1]
+            if made
+            else self.build(
+                name,
+                freezable=settings.isolation == "test",
+                boot_loader=settings.boot_loader,
+            )
         )
         return fidelity(build, None if build.toplevel is None else self.declared(name))
 

@@ -1,0 +1,23 @@
+"""The example's changes, as its owner runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_seven_changes_of_dev_vm(arguments, flake_copy):
+    """One boot for all of them; nothing is left to be skipped."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", f"--nixvm-flake={flake_copy('example')}", *arguments,
+         "--nixvm-memory=1024", "-p", "no:cacheprovider", "test_changes.py"],
+        cwd=ROOT / "example_tests", capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 passed" in done.stdout
+    assert len(re.findall(r"dev-vm .*frozen", done.stdout)) == 1
