@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,12 +10,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pytest_nixvm import keep
-from pytest_nixvm.deployments import NO_BASE, Deployments
-from pytest_nixvm.errors import BootError, ChangeError, MachineGoneError, SettingsError
+from pytest_nixvm.by_hand import ByHand
+from pytest_nixvm.changes import Changes
+from pytest_nixvm.errors import BootError, MachineGoneError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, VmBuild
 from pytest_nixvm.keep import Kept
+from pytest_nixvm.options import NETWORKS
 from pytest_nixvm.progress import Progress
-from pytest_nixvm.settings import NETWORKS, Generations, MachineRequest, Settings
+from pytest_nixvm.settings import MachineRequest, Settings
 from pytest_nixvm.snapshots import Snapshot, check_prepare
 from pytest_nixvm.spares import Spares, Want
 from pytest_nixvm.store import Store
@@ -24,7 +26,6 @@ from pytest_nixvm.verbs.infra import MACHINES
 from pytest_nixvm.workshop import Workshop
 
 if TYPE_CHECKING:
-    from pytest_nixvm.change import Change
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.qemu.template import Template
 
@@ -46,7 +47,7 @@ class _Shared:
     scope: str
 
 
-class Fleet(Deployments):
+class Fleet(Changes, ByHand):
     """The machines of one flake, their builds and their running VMs.
 
         with Fleet(settings) as fleet:
@@ -272,54 +273,6 @@ class Fleet(Deployments):
             raise
         return machine
 
-    # --- changes ---------------------------------------------------------------------------------
-
-    def change(
-        self,
-        name: str,
-        *,
-        base: str | None = None,
-        candidate: str | None = None,
-        beside: Sequence[str] = (),
-        memory: int | None = None,
-        cores: int | None = None,
-        network: str | None = None,
-        boot_loader: bool | None = None,
-    ) -> Change:
-        """Return a change of a machine: its deployed generation runs, the candidate is at hand.
-
-            change = nixvm.change("web", base="HEAD~1")     # to the flake as it is
-            change.switch()
-
-        `base` and `candidate` are flake references, or revisions of the flake under test, which is
-        the candidate if none is given; the base is then --nixvm-from's. `beside` are further
-        candidates: changes to any of these start from the same frozen machine. The machine lasts
-        until the session ends, or `change.vm` is used in a `with`.
-
-        Raises `ChangeError` if the two can't be compared, `NothingToTestError` if there is nothing
-        to switch, and as `start` does.
-        """
-        base = base or self.settings.from_
-        if base is None:
-            raise ChangeError(NO_BASE)
-        candidate = candidate or self.under_test
-        request = replace(
-            self._request(memory, cores, network, boot_loader),
-            generations=Generations.of(base, candidate, *beside),
-        )
-        return self.change_of(self._fresh(name, request, shared=False), request, candidate)
-
-    def change_of(self, machine: Machine, request: MachineRequest, candidate: str) -> Change:
-        """Return the change of a machine that runs the base of `request.generations`."""
-        from pytest_nixvm.change import Change
-
-        name, base = machine.name, machine.build
-        new = self.candidate(name, candidate, base, boot_loader=request.boot_loader)
-        deployed = request.generations.base if request.generations is not None else candidate
-        return Change(
-            machine, base, new, partial(self.difference, name, deployed, candidate, base, new)
-        )
-
     # --- snapshots -------------------------------------------------------------------------------
 
     def template(
@@ -413,52 +366,6 @@ class Fleet(Deployments):
         if machine in self.started:
             self.started.remove(machine)
             self.on_end(machine)
-
-    def run_test_script(
-        self,
-        text: str | Path,
-        machines: Mapping[str, str | Machine] | Sequence[str | Machine],
-        *,
-        name: str = "testScript",
-    ) -> None:
-        """Run a script of the NixOS test driver, a `testScript`, as it is.
-
-            nixvm.run_test_script(text, ["dev-vm", "test-vm"])       # VMs of its own, by name
-            nixvm.run_test_script(text, {"machine": vm})             # a VM that is there already
-
-        A name of the flake's is a VM of the script's own: started when the script first uses it,
-        ended with the script. `text` may be a file's path. The script's output goes to stdout;
-        `name` stands in tracebacks. Raises `ScriptError` for a syntax error in the script, and
-        whatever the script raises.
-        """
-        from pytest_nixvm import script
-
-        __tracebackhide__ = True  # the script's own lines are what its author reads
-        made: list[Machine] = []
-
-        def make(machine: str) -> Machine:
-            made.append(self._to_start(machine, self._request()))
-            return made[-1]
-
-        try:
-            script.run(text, script.makers(machines, make), name)
-        except BaseException:
-            if self.settings.keep == "failed":
-                for machine in made:
-                    self.keep(machine)
-            raise
-        finally:
-            for machine in made:
-                self.end(machine)
-
-    def interact(self, machine: Machine) -> None:
-        """Open a shell in a VM on this terminal, for a look around; `pytest -s` has one.
-
-        Raises `MachineError` where there is no terminal.
-        """
-        from pytest_nixvm import interact
-
-        interact.shell(machine)
 
     def close(self) -> None:
         """End every VM and remove what they left. May be called twice."""

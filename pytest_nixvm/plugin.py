@@ -28,11 +28,12 @@ from pytest_nixvm.fixtures import (
     ssh,
     vm,
 )
+from pytest_nixvm.options import OPTIONS
 from pytest_nixvm.report import terminal
 from pytest_nixvm.report.cases import shorten
 from pytest_nixvm.report.session import Session
 from pytest_nixvm.run import RUN, Run
-from pytest_nixvm.settings import OPTIONS, Settings
+from pytest_nixvm.settings import Settings
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController

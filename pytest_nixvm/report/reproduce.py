@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_nixvm.settings import OPTIONS, Option, Settings
+from pytest_nixvm.options import OPTIONS, Option
+from pytest_nixvm.settings import Settings
 
 if TYPE_CHECKING:
     from pytest_nixvm.machine import Machine
