@@ -294,12 +294,14 @@ class CheckItem(pytest.Item):
 
     def setup(self) -> None:
         """Have the machine built, and booted where that is not itself the check."""
+        from pytest_nixvm.checks.base import ToldError
+
         try:
             if not self.check.change:
                 self._checked.once("built", self._build)
             if self.check.shared and self.check.name != "boots":
                 _ = self._checked.vm
-        except NothingToTestError as error:
+        except (NothingToTestError, ToldError) as error:
             self._skip(error)
         except NixvmError as error:
             self._fail(error)
@@ -311,12 +313,12 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         """Run the check."""
-        from pytest_nixvm.checks import DoesNotApply
+        from pytest_nixvm.checks.base import DoesNotApply, ToldError
 
         checked = self._checked
         try:
             self.check.run(checked)
-        except (NothingToTestError, DoesNotApply) as error:
+        except (NothingToTestError, DoesNotApply, ToldError) as error:
             self._skip(error)
         except NixvmError as error:
             self._fail(error)
@@ -324,13 +326,11 @@ class CheckItem(pytest.Item):
             self._tell(checked.notes)
 
     def _fail(self, error: NixvmError) -> NoReturn:
-        from pytest_nixvm.checks.base import ToldError
         from pytest_nixvm.errors import CheckFailedError
 
-        is_told = isinstance(error, CheckFailedError | ToldError)
-        text = str(error) if is_told else f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
         if isinstance(error, CheckFailedError):
-            text += f"\n{self._off_line()}"
+            text = f"{error}\n{self._off_line()}"
         raise pytest.fail.Exception(text, pytrace=False) from None
 
     def _skip(self, reason: NixvmError) -> NoReturn:

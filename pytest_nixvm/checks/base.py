@@ -132,7 +132,7 @@ class Failed:
         if isinstance(self.error, DoesNotApply | NothingToTestError):
             return type(self.error)(str(self.error))
         first = (str(self.error).splitlines() or [type(self.error).__name__])[0]
-        return ToldError(f"{first}\nThe first check of this machine that failed has all of it.")
+        return ToldError(f"not looked at, an earlier check has met this: {first}")
 
 
 def finding(head: str, *parts: str, todo: str = "") -> CheckFailedError:

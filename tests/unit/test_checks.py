@@ -367,7 +367,7 @@ def test_an_error_is_told_in_full_once_and_in_short_to_the_others():
         checked().once("vm", make)
     with pytest.raises(ToldError) as told:
         checked().once("vm", make)
-    assert str(told.value).startswith("It does not boot.")
+    assert str(told.value).endswith(": It does not boot.")
     assert "panic" not in str(told.value)
     assert len(calls) == 1
 
