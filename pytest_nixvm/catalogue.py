@@ -9,7 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, SettingsError
+from pytest_nixvm.errors import (
+    BuildError,
+    EvaluationError,
+    FlakeError,
+    SettingsError,
+    UserError,
+)
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.flake import Flake
@@ -85,7 +91,7 @@ class Catalogue:
                 if text == self.settings.flake:
                     reference = FlakeReference.parse(text, Path.cwd())
                 else:
-                    reference = base_reference(text, self.flake.reference, Path.cwd())
+                    reference = self._other(text)
                 self._flakes[text] = Flake(
                     reference,
                     nix=self.nix,
@@ -96,6 +102,16 @@ class Catalogue:
                     label="" if text == self.settings.flake else text,
                 )
             return self._flakes[text]
+
+    def _other(self, text: str) -> FlakeReference:
+        try:
+            return base_reference(text, self.flake.reference, Path.cwd())
+        except UserError as error:
+            settings = self.settings
+            given = {settings.from_: "--nixvm-from", settings.changed: "--nixvm-changed"}
+            if text in given:
+                raise type(error)(f"{given[text]}={text}: {error}") from None
+            raise
 
     # --- machines --------------------------------------------------------------------------------
 

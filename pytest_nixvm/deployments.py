@@ -10,7 +10,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pytest_nixvm.catalogue import Catalogue
-from pytest_nixvm.errors import BuildError, ChangeError, EvaluationError, NothingToTestError
+from pytest_nixvm.errors import (
+    BuildError,
+    ChangeError,
+    EvaluationError,
+    FlakeError,
+    NothingToTestError,
+)
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.words import listed, near
@@ -138,8 +144,8 @@ class Deployments(Catalogue):
         flake = self.flake_of(reference)
         try:
             machines = flake.machines()
-        except EvaluationError as error:
-            raise EvaluationError(f"The deployed generation, {reference}: {error}") from None
+        except FlakeError as error:
+            raise type(error)(f"The deployed generation, {reference}: {error}") from None
         there = self._name_in(flake, name)
         if reference == self.settings.from_:
             self._check_name(reference, there, name)
