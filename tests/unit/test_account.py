@@ -62,7 +62,9 @@ class Reporter:
 
 def shown(account: Account) -> Reporter:
     reporter = Reporter()
-    run: Any = SimpleNamespace(account=account, is_worker=False)
+    run: Any = SimpleNamespace(
+        account=account, is_worker=False, settings=SimpleNamespace(fidelity=False)
+    )
     terminal.summary(reporter, run)  # type: ignore[arg-type]
     return reporter
 
