@@ -381,8 +381,9 @@ class CheckItem(pytest.Item):
             run.used(self, machine, fresh=False)
             return machine
 
-        # Only a failure is remembered: a VM that has ended is replaced.
-        failed = f"unbootable {scope}"
+        # Only a failure is remembered: a VM that has ended is replaced. What does not boot for one
+        # check does not for another.
+        failed = "unbootable"
         if failed in self.parent.memory:
             checked.once(failed, acquire)
         try:

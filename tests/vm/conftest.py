@@ -26,8 +26,9 @@ ARGUMENTS = pytest.StashKey[list[str]]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
-    if hasattr(config, "workerinput"):  # xdist's workers are given the controller's options
-        config.stash[ARGUMENTS] = config.workerinput["standin"]
+    if hasattr(config, "workerinput"):  # xdist's workers are given what the controller was
+        config.stash[ARGUMENTS], options = config.workerinput["standin"]
+        vars(option).update(options)
         return
     config.stash[ARGUMENTS] = []
     if option.help or option.version:
@@ -61,7 +62,9 @@ def _values(flag: str) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
-    node.workerinput["standin"] = node.config.stash[ARGUMENTS]
+    names = ("flake", "memory", "override_input", "nix_option")
+    options = {f"nixvm_{name}": getattr(node.config.option, f"nixvm_{name}") for name in names}
+    node.workerinput["standin"] = (node.config.stash[ARGUMENTS], options)
 
 
 @pytest.fixture(scope="session")

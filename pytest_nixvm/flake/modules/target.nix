@@ -166,7 +166,9 @@ let
       carries = if changeable then carried else [ ];
       network = if changeable then interface.find config else null;
       secrets = if changeable then secret.find config secrets else [ ];
-      toplevel = if isDerivation (build.toplevel or null) then derivation build.toplevel else null;
+      # Without a variant that could be looked into, the system at hand is the real machine's.
+      toplevel =
+        if changeable && isDerivation (build.toplevel or null) then derivation build.toplevel else null;
     } // (if isDerivation vm then derivation vm else { noVm = true; });
 
   extend = nixos: modules: if modules == [ ] then nixos else nixos.extendModules { inherit modules; };
