@@ -175,6 +175,15 @@ class Nix:
             ["flake", "metadata", url, "--json"], overrides, timeout=timeout, watch=watch
         )
 
+    def path_info(self, path: Path, *, timeout: float) -> Any:
+        """Return `nix path-info --json --recursive`: a store path with all that it needs.
+
+        Its form depends on nix's version. Raises NixFailure.
+        """
+        return self._json(
+            ["path-info", str(path), "--json", "--recursive"], (), timeout=timeout
+        ).value
+
     def realise(
         self,
         derivation: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_nixvm.errors import ChangeError, FlakeError, MissingProgramError
-from pytest_nixvm.flake import process
-from pytest_nixvm.flake.messages import Log
-from pytest_nixvm.flake.nix import Nix
+from pytest_nixvm.errors import ChangeError, FlakeError
+from pytest_nixvm.flake.nix import Nix, NixFailure
 
 # A name ends, as for Nix's own commands, at the first dash that is not followed by a letter.
 _NAME = re.compile(r"(.+?)-([^A-Za-z].*)")
@@ -119,27 +116,12 @@ def read_closure(nix: Nix, path: Path) -> Closure:
     """
     if not path.exists():
         raise ChangeError(f"{path} is not in the Nix store any more; build it again.")
-    argv = [str(nix.program), "--extra-experimental-features", "nix-command"]
-    argv += ["path-info", "--json", "--recursive", str(path), "--log-format", "internal-json"]
-    for name, value in nix.options:
-        argv += ["--option", name, value]
-    log = Log(None, None)
     try:
-        ended = process.run(
-            argv,
-            timeout=_TIMEOUT,
-            env=process.environment(),
-            cwd=Path("/"),
-            on_line=log.feed,
-        )
-    except process.ProgramTimeoutError:
-        raise FlakeError(f"nix did not say within {_TIMEOUT:g} s what {path} needs.") from None
-    except OSError as error:
-        raise MissingProgramError(f"{argv[0]} can't be started: {error.strerror}.") from error
-    if ended.returncode != 0:
-        raise FlakeError(f"nix can't tell what {path} needs: {log.error.text}")
-    try:
-        return parse_closure(json.loads(ended.stdout))
+        return parse_closure(nix.path_info(path, timeout=_TIMEOUT))
+    except NixFailure as failure:
+        if failure.timeout is not None:
+            raise FlakeError(f"nix did not say within {_TIMEOUT:g} s what {path} needs.") from None
+        raise FlakeError(f"nix can't tell what {path} needs: {failure}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise FlakeError(f"nix can't tell what {path} needs: {error}") from None
 
