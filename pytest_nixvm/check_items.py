@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, UserError
+from pytest_nixvm.hookspecs import gathered
 from pytest_nixvm.run import RUN, Run
 
 if TYPE_CHECKING:
@@ -144,25 +145,18 @@ def _checks(run: Run, machine: str) -> list[Check]:
 
     found = [check for check in BUILT_IN if not check.change or run.settings.from_ is not None]
     names = {check.name for check in BUILT_IN}
-    for more in run.config.hook.pytest_nixvm_checks(machine=machine):
-        for check in more if isinstance(more, Iterable) else [more]:
-            if not isinstance(check, Check):
-                raise SettingsError(
-                    f"pytest_nixvm_checks({machine!r}) returned {check!r}; it should return "
-                    "a list of pytest_nixvm.checks.Check."
-                )
-            if check.name in names:
-                raise SettingsError(
-                    f"pytest_nixvm_checks({machine!r}): there are two checks called {check.name!r}."
-                )
-            if not check.name or set(check.name) & set(": \t\n[]"):
-                raise SettingsError(
-                    f"pytest_nixvm_checks({machine!r}): {check.name!r} can't be a check's name: "
-                    "it is a part of `nixvm::MACHINE::NAME`."
-                )
-            names.add(check.name)
-            if not check.change or run.settings.from_ is not None:
-                found.append(check)
+    call = f"pytest_nixvm_checks({machine!r})"
+    for check in gathered(call, run.config.hook.pytest_nixvm_checks(machine=machine), Check):
+        if check.name in names:
+            raise SettingsError(f"{call}: there are two checks called {check.name!r}.")
+        if not check.name or set(check.name) & set(": \t\n[]"):
+            raise SettingsError(
+                f"{call}: {check.name!r} can't be a check's name: it is a part of "
+                "`nixvm::MACHINE::NAME`."
+            )
+        names.add(check.name)
+        if not check.change or run.settings.from_ is not None:
+            found.append(check)
     return found
 
 

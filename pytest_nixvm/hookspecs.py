@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
+
+from pytest_nixvm.errors import SettingsError
 
 if TYPE_CHECKING:
     from pytest_nixvm.checks import Check
@@ -42,3 +44,24 @@ def pytest_nixvm_secrets(machine: str) -> Sequence[Secret]:  # type: ignore[empt
     Each file is there when the machine has booted, with a throwaway value that is made in the VM:
     never the real one, and never in the Nix store. What sops-nix and agenix declare needs no hook.
     """
+
+
+Item = TypeVar("Item")
+
+
+def gathered(call: str, results: Iterable[object], kind: type[Item]) -> list[Item]:
+    """Return what the implementations of a hook have returned, in one list.
+
+    `call` is the hook with its arguments, for the message. Raises `SettingsError` for anything but
+    lists of `kind`, which has to be one that `pytest_nixvm` exports.
+    """
+    found: list[Item] = []
+    for result in results:
+        for each in result if isinstance(result, Iterable) else [result]:
+            if not isinstance(each, kind):
+                raise SettingsError(
+                    f"{call} returned {each!r}; it should return a list of "
+                    f"pytest_nixvm.{kind.__name__}."
+                )
+            found.append(each)
+    return found

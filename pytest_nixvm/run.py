@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import pytest
 
 from pytest_nixvm.errors import NixvmError, NothingToTestError, SettingsError, UserError
+from pytest_nixvm.hookspecs import gathered
 from pytest_nixvm.items import (
     item_machines,
     module_of,
@@ -111,16 +112,8 @@ class Run(Selection):
         """Return what the hook says of a machine. Raises `SettingsError` for what is no secret."""
         from pytest_nixvm.flake.build import Secret
 
-        found: list[Secret] = []
-        for more in self.config.hook.pytest_nixvm_secrets(machine=name):
-            for secret in more if isinstance(more, Iterable) else [more]:
-                if not isinstance(secret, Secret):
-                    raise SettingsError(
-                        f"pytest_nixvm_secrets({name!r}) returned {more!r}; it should return a "
-                        "list of pytest_nixvm.Secret."
-                    )
-                found.append(secret)
-        return found
+        results = self.config.hook.pytest_nixvm_secrets(machine=name)
+        return gathered(f"pytest_nixvm_secrets({name!r})", results, Secret)
 
     def close(self) -> None:
         """End every VM."""
