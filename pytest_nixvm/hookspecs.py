@@ -60,7 +60,7 @@ def gathered(call: str, results: Iterable[object], kind: type[Item]) -> list[Ite
         for each in result if isinstance(result, Iterable) else [result]:
             if not isinstance(each, kind):
                 raise SettingsError(
-                    f"{call} returned {each!r}; it should return a list of "
+                    f"{call} returned {result!r}; it should return a list of "
                     f"pytest_nixvm.{kind.__name__}."
                 )
             found.append(each)

@@ -213,7 +213,7 @@ def test_what_failed_is_run_again(project: Project):
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        ("[print]", "returned <built-in function print>; it should return a list of"),
+        ("[print]", "returned [<built-in function print>]; it should return a list of"),
         ("Check('mine', print)", "two checks called"),
         ("[Check('mine', print), Check('mine', print)]", "there are two checks called 'mine'"),
         ("[Check('my check', print)]", "'my check' can't be a check's name"),
