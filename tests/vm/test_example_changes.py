@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_seven_changes_of_dev_vm(arguments, flake_copy):
-    """One boot for all of them; nothing is left to be skipped."""
+    """One boot for all of them, or none where an earlier run has kept it; none is skipped."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", f"--nixvm-flake={flake_copy('example')}", *arguments,
          "--nixvm-memory=1024", "-p", "no:cacheprovider", "test_changes.py"],
@@ -20,4 +20,4 @@ def test_seven_changes_of_dev_vm(arguments, flake_copy):
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7 passed" in done.stdout
-    assert len(re.findall(r"dev-vm .*frozen", done.stdout)) == 1
+    assert len(re.findall(r"^dev-vm \(\w+\): .*frozen;", done.stdout, re.MULTILINE)) <= 1
