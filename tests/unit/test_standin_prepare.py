@@ -71,7 +71,7 @@ def test_missing_programs_are_named_in_one_line_without_root(
         prepare, "PROGRAMS", {"no-such-program-x": "package-x", "no-such-program-a": "package-a"}
     )
 
-    assert prepare.main() == 1
+    assert prepare.main([]) == 1
 
     output = capsys.readouterr()
     assert output.out == ""
@@ -85,7 +85,7 @@ def test_a_cache_that_could_not_be_passed_on_is_refused(
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/with a blank")
     monkeypatch.setattr(prepare, "PROGRAMS", {})
 
-    assert prepare.main() == 1
+    assert prepare.main([]) == 1
     assert "has a blank in it" in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_the_last_line_is_plain_words_for_pytest(
 ) -> None:
     monkeypatch.setattr(prepare, "prepare", lambda: Path("/cache/nixpkgs"))
 
-    assert prepare.main() == 0
+    assert prepare.main([]) == 0
 
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.split() == [
@@ -113,3 +113,46 @@ def test_what_was_downloaded_is_compared_with_what_apt_announced(
 
     with pytest.raises(prepare.Failure, match="is not what apt announced"):
         prepare.download(("evil", deb), tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+def test_the_inputs_of_a_flake_are_given_what_stands_for_them(
+    prepare: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(prepare, "prepare", lambda: Path("/cache/nixpkgs"))
+    flake = tmp_path / "a ${flake}"
+    flake.mkdir()
+
+    assert prepare.main([str(flake)]) == 1
+    assert "no flake.nix in " in capsys.readouterr().err
+
+    (flake / "flake.nix").write_text(
+        """{
+          inputs.nixpkgs.url = "github:NixOS/nixpkgs";
+          inputs.home-manager.inputs.nixpkgs.follows = "nixpkgs";
+          inputs.other = { };
+          outputs = _: throw "not asked";
+        }"""
+    )
+    assert prepare.main([str(flake)]) == 0
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:7] == [
+        "--nixvm-override-input", "nixpkgs", "path:/cache/nixpkgs",
+        "--nixvm-override-input", "home-manager", f"path:{SCRIPT.parent / 'home-manager'}",
+        "--nixvm-nix-option",
+    ]  # fmt: skip
+
+    (flake / "flake.nix").write_text("{ outputs = _: { }; }")
+    assert prepare.main([str(flake)]) == 0
+    assert "home-manager" not in capsys.readouterr().out
+
+
+def test_a_mistaken_call_is_told_how_to_call(
+    prepare: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--help"], ["a", "b"]):
+        assert prepare.main(arguments) == 2
+        assert capsys.readouterr().err == "usage: tests/standin/prepare [FLAKE]\n"
