@@ -31,6 +31,23 @@ let
     stage1 = ./stage-1.sh;
   } (builtins.readFile ./initrd.sh);
 
+  # The same for images: as an image may be put on any bus, with their drivers, which a virtual machine's own /usr has
+  # not. And `loop`: /usr is in a file.
+  imageInitrd = run "standin-image-initrd" rec {
+    kernel = run "linux-for-images" {
+      deb = deb lock.kernel;
+      outputs = [ "out" "modules" ];
+      inherit names;
+      vmlinux = ./vmlinux.py;
+    } (builtins.readFile ./kernel.sh);
+    inherit (kernel) modules;
+    busybox = deb "busybox-static";
+    names = stage1Modules ++ [
+      "loop" "isofs" "ahci" "ata_piix" "sd_mod" "sr_mod" "mptspi" "vmw_pvscsi" "virtio_scsi" "vfat" "nls_cp437" "nls_ascii" "nls_iso8859-1"
+    ];
+    stage1 = ./stage-1.sh;
+  } (builtins.readFile ./initrd.sh);
+
   # Packages of the base: nothing but links to its programs, all in one derivation.
   links = run "standin-base-packages" {
     inherit (base) info;
@@ -86,7 +103,7 @@ let
     nixos-version = self.writeShellScriptBin "nixos-version" ''. /etc/os-release; echo "$VERSION_ID (stand-in)"'';
     qemu = "/usr";
     # For the modules in nixos/, not for configurations.
-    standin = { inherit kernel base initrd run runAsRoot; };
+    standin = { inherit kernel base initrd imageInitrd run runAsRoot; };
     extend = overlay: compose (overlays ++ [ overlay ]);
   } // fromBase
     // lib.genAttrs [ "bash" "bashInteractive" ] (name: fromBase.${name} // { shellPath = "/bin/bash"; })

@@ -67,8 +67,12 @@ while read -r dev target type options <&3; do
     *) put "$dev" "$target" "$type" "$options" ;;
   esac
 done 3< /mounts
-put /dev/disk/by-id/virtio-standin-base /nix/.standin-base erofs ro
+# Debian's files: in an image a file of its own disk, or of the medium that it was started from; else a drive.
 base=$root/nix/.standin-base
+for file in $root/nix/.standin-base.img $root/iso/standin-base.img; do
+  [ ! -f $file ] || { mkdir -p $base; mount -t erofs -o ro,loop $file $base || fail "mounting $file failed"; break; }
+done
+[ -d $base/usr ] || put /dev/disk/by-id/virtio-standin-base /nix/.standin-base erofs ro
 
 [ -e "$root$init" ] || fail "stage 2 init script ($root$init) not found"
 mkdir -p $root/usr $root/proc $root/sys $root/dev $root/run $root/etc

@@ -1,6 +1,7 @@
 [
   ./accepted.nix
   ./environment.nix
+  ./image/images.nix
   ./misc.nix
   ./network.nix
   ./services.nix

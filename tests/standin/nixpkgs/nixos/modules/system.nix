@@ -104,8 +104,14 @@ in {
       configurationRevision = mkOption { type = types.nullOr types.str; default = null; };
       nixos = lib.mapAttrs (_: default: mkOption { type = types.str; inherit default; }) {
         release = "25.11"; version = "25.11.standin"; codeName = "Xantusia"; distroName = "NixOS"; distroId = "nixos";
-        variant_id = ""; tags = "";
-      } // { label = mkOption { type = types.str; default = cfg.nixos.version; }; };
+        variant_id = "";
+      } // {
+        tags = mkOption { type = types.listOf types.str; default = [ ]; };
+        label = mkOption {
+          type = types.str;
+          default = lib.concatStringsSep "-" (lib.sort (a: b: a < b) cfg.nixos.tags ++ [ cfg.nixos.version ]);
+        };
+      };
     };
     boot = {
       kernelParams = mkOption {
@@ -144,6 +150,7 @@ in {
         Whether `kernel` is the unpacked kernel, which boots three seconds sooner under emulation. NixOS's is a bzImage.
       '';
     };
+    standin.initrd = mkOption { type = types.package; default = pkgs.standin.initrd; };
     swapDevices = mkOption { type = types.listOf (types.attrsOf types.anything); default = [ ]; };
   };
 
@@ -198,7 +205,7 @@ in {
       kernel = pkgs.linux.out;
       # One archive for all machines, and behind it the mounts of this one.
       initialRamdisk = pkgs.standin.run "initrd" {
-        base = pkgs.standin.initrd;
+        base = config.standin.initrd;
         mounts = lib.concatMapStrings mountLine (lib.filter isForBoot mountOrder);
         passAsFile = [ "mounts" ];
       } ''

@@ -50,7 +50,11 @@ let
     mkdir -p $out; sort -u graph-* | grep "^$NIX_STORE/" > $out/store-paths
     touch $out/registration # for a nix in the guest, which has none
   '';
-  systemImage = import ./system-image.nix { inherit lib config pkgs closure; };
+  systemImage = import ./system-image.nix {
+    inherit pkgs closure;
+    inherit (build) toplevel installBootLoader;
+    size = cfg.diskSize;
+  };
   start = ''
     #! /bin/bash
     export PATH="''${PATH:+$PATH:}/usr/sbin:/usr/bin:/sbin:/bin"
@@ -114,10 +118,10 @@ let
         "$@"
   '';
 in {
+  imports = [ ./disk-size-option.nix ];
   options.virtualisation = {
     memorySize = mkOption { type = types.ints.positive; default = 1024; description = "Memory in MiB."; };
     cores = mkOption { type = types.ints.positive; default = 1; };
-    diskSize = mkOption { type = types.ints.positive; default = 1024; description = "Root disk in MiB."; };
     diskImage = mkOption { type = types.nullOr types.str; default = "./${config.system.name}.qcow2"; };
     rootDevice = mkOption { type = types.nullOr types.path; default = "/dev/disk/by-label/nixos"; };
     graphics = flag true;
@@ -171,6 +175,7 @@ in {
         message = "The stand-in for nixpkgs has no root on tmpfs (virtualisation.diskImage = null).";
       }
     ];
+    virtualisation.diskSizeAutoSupported = false;
     virtualisation.additionalPaths = [ build.toplevel ];
     virtualisation.sharedDirectories = {
       nix-store = mkIf cfg.mountHostNixStore {
