@@ -32,6 +32,7 @@ device() { # a name from fileSystems → the device, once it is there
       /dev/disk/by-label/*) findfs "LABEL=${1##*/}" 2> /dev/null && return ;;
       /dev/disk/by-uuid/*) findfs "UUID=${1##*/}" 2> /dev/null && return ;;
       /dev/*) if [ -b "$1" ]; then echo "$1"; return; fi ;;
+      /*) if [ -e "$root$1" ]; then echo "$root$1"; return; fi ;; # a file of what is mounted already
       *) echo "$1"; return ;;
     esac
     tries=$((tries + 1)); usleep 50000
