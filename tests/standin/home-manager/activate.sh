@@ -32,7 +32,7 @@ if [ -n "$old" ] && [ -d "$old/home-files" ]; then
 fi
 cd "$new"
 find . ! -type d | sed 's#^\./##' | while IFS= read -r name; do
-  mkdir -p "$(dirname "$HOME/$name")"
+  case $name in */*) [ -d "$HOME/${name%/*}" ] || mkdir -p "$HOME/${name%/*}" ;; esac
   ln -sfn "$new/$name" "$HOME/$name"
 done
 mkdir -p "$roots"

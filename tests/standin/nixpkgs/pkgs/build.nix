@@ -50,8 +50,18 @@ rec {
   };
   runCommand = name: env: script: run name env ''export out; ${script}'';
   runCommandLocal = runCommand;
-  symlinkJoin = { name, paths, postBuild ? "", ... }: run name { paths = map toString paths; } ''
-    mkdir -p $out; for p in $paths; do cp -rs --no-preserve=mode "$p/." $out/; done
+  # What paths need (store-paths), and what a nix that is given them wants to know of it (registration, for --load-db).
+  closureInfo = { rootPaths }: run "closure-info" {
+    __structuredAttrs = true;
+    exportReferencesGraph.closure = rootPaths;
+  } ''
+    . "$NIX_BUILD_TOP/.attrs.sh"
+    python3 ${./closure-info.py} "$NIX_BUILD_TOP/.attrs.json" "''${outputs[out]}"
+  '';
+  # Of files with one name that of the first package stays.
+  symlinkJoin = { name, paths, postBuild ? "", ... }: run name { paths = map toString (lib.reverseList paths); } ''
+    mkdir -p $out; for p in $paths; do cp -rs --no-preserve=mode --remove-destination "$p/." $out/; done
+    rm -f $out/nix-support/standin-layer # that is said of a package itself
     ${postBuild}
   '';
   linkFarm = name: entries: run name { } ("mkdir -p $out; cd $out\n" + lib.concatMapStrings (e: ''

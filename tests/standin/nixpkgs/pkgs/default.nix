@@ -81,7 +81,7 @@ let
 
   self = lacking // {
     inherit lib system;
-    inherit (build) runCommand runCommandLocal symlinkJoin linkFarm writeTextFile writeText writeTextDir writeScript writeScriptBin;
+    inherit (build) runCommand runCommandLocal closureInfo symlinkJoin linkFarm writeTextFile writeText writeTextDir writeScript writeScriptBin;
     writeShellScript = name: text: build.writeScript name "#!${self.runtimeShell}\n${text}";
     writeShellScriptBin = name: text: build.writeScriptBin name "#!${self.runtimeShell}\n${text}";
     writeShellApplication = { name, text, runtimeInputs ? [ ], ... }: self.writeShellScriptBin name ''

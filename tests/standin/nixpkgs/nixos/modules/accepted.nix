@@ -43,10 +43,7 @@ in {
     documentation = { enable = on; nixos.enable = on; man.enable = on; doc.enable = on; info.enable = on; dev.enable = off; };
     environment.wordlist = free;
     i18n = { supportedLocales = strings; extraLocaleSettings = free; };
-    nix = {
-      enable = on; settings = free; gc = free; optimise = free; registry = free; nixPath = strings; channel.enable = on;
-      extraOptions = lines; package = any;
-    };
+    nix = { enable = on; gc = free; optimise = free; registry = free; nixPath = strings; channel.enable = on; package = any; };
     programs = switches [ "command-not-found" "direnv" "fish" "gnupg" "less" "mtr" "neovim" "nix-ld" "ssh" ];
     security = frees [ "acme" "pki" "wrappers" ] // { apparmor.enable = off; polkit.enable = off; rtkit.enable = off; };
     services = switches [

@@ -100,7 +100,7 @@ in {
       mkdir -p $out/bin
       for p in $packages; do
         if [ -d "$p/bin" ]; then ls "$p/bin" | sed "s#^#$p/bin/#"; fi
-      done | xargs -r ln -sf -t $out/bin
+      done | awk -F / '!seen[$NF]++' | xargs -r ln -sf -t $out/bin
       for d in sbin share etc lib; do mkdir -p $out/$d; done
     '';
     # Files and units are written by one derivation: each one costs a process and a scan.

@@ -4,6 +4,7 @@
   ./image/images.nix
   ./misc.nix
   ./network.nix
+  ./nix.nix
   ./services.nix
   ./specialisation.nix
   ./ssh.nix

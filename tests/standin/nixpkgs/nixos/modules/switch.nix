@@ -69,7 +69,8 @@ in {
   config = lib.mkMerge [
     {
       system.build.installBootLoader = lib.mkDefault "/usr/bin/true";
-      environment.systemPackages = [ (pkgs.writeScriptBin "nix-env" "#!${pkgs.runtimeShell}\n. ${./nix-env.sh}\n") ];
+      # A real nix comes first.
+      environment.systemPackages = lib.mkAfter [ (pkgs.writeScriptBin "nix-env" "#!${pkgs.runtimeShell}\n. ${./nix-env.sh}\n") ];
     }
     (lib.mkIf cfg.switch.enable {
       system.preSwitchChecksScript = pkgs.writeShellScript "pre-switch-checks" (lib.concatStrings (lib.mapAttrsToList (name: text: ''

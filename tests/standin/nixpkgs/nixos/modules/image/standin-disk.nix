@@ -27,7 +27,8 @@ in {
       installBootLoader =
         lib.mkOverride 90 (pkgs.writeScript "install-grub" (builtins.readFile ../install-grub.sh));
       # What is in the image's store.
-      closure = pkgs.standin.run "closure-info" {
+      closure = if config.standin.hasNix then pkgs.closureInfo { rootPaths = [ toplevel ]; }
+        else pkgs.standin.run "closure-info" {
         exportReferencesGraph = [ "graph" toplevel ];
       } ''
         mkdir -p $out; sort -u graph | grep "^$NIX_STORE/" > $out/store-paths

@@ -44,11 +44,12 @@ let
   consoles = lib.concatMapStringsSep " " (c: "console=${c}") cfg.qemu.consoles;
   lines = lib.concatStringsSep " \\\n    ";
   # What has to be in the store image, and where the paths stand that `additionalPaths` promises.
-  closure = pkgs.standin.run "closure-info" {
+  closure = if config.standin.hasNix then pkgs.closureInfo { rootPaths = cfg.additionalPaths; }
+    else pkgs.standin.run "closure-info" {
     exportReferencesGraph = lib.concatLists (lib.imap0 (n: p: [ "graph-${toString n}" p ]) cfg.additionalPaths);
   } ''
     mkdir -p $out; sort -u graph-* | grep "^$NIX_STORE/" > $out/store-paths
-    touch $out/registration # for a nix in the guest, which has none
+    touch $out/registration # for a nix in the guest, which has none: see nix.nix
   '';
   systemImage = import ./system-image.nix {
     inherit pkgs closure;
@@ -90,9 +91,11 @@ let
         [ ! -e "$TMPDIR/store" ] || { find "$TMPDIR/store" -type d -exec chmod u+w {} +; rm -rf "$TMPDIR/store"; }
       }
       removeStoreCopy; mkdir -p "$TMPDIR/store"
+      ${optionalString config.standin.hasNix ''cp -a ${closure} "$TMPDIR/store/"''}
       # Hard links where that is possible: same file system, and protected_hardlinks lets us.
       xargs cp -al -t "$TMPDIR/store" < ${closure}/store-paths 2> /dev/null || {
         removeStoreCopy; mkdir -p "$TMPDIR/store"
+        ${optionalString config.standin.hasNix ''cp -a ${closure} "$TMPDIR/store/"''}
         xargs cp -a -t "$TMPDIR/store" < ${closure}/store-paths
       }
       mkfs.erofs --quiet --force-uid=0 --force-gid=0 -T 0 -x-1 "$TMPDIR/store.img" "$TMPDIR/store"

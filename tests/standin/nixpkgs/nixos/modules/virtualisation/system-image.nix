@@ -19,6 +19,7 @@ pkgs.standin.runAsRoot name {
     find root/nix/store -type d -exec chmod u+w {} +; rm -rf root/nix/store; mkdir root/nix/store
     xargs cp -a -t root/nix/store < $closure/store-paths
   }
+  [ ! -s $closure/registration ] || cp $closure/registration root/nix-path-registration # see nix.nix
   # Stage 1 looks for it there.
   [ -z "$base" ] || ln "$base" root/nix/.standin-base.img 2> /dev/null || cp "$base" root/nix/.standin-base.img
   ln -s $toplevel root/nix/var/nix/profiles/system-1-link
