@@ -1,4 +1,4 @@
-"""closure-info.py ATTRS OUT: the closure in nix's structured attributes, as lists of paths and for --load-db."""
+"""closure-info.py ATTRS OUT: a closure, from nix's structured attributes, for --load-db."""
 
 import json
 import sys
