@@ -53,11 +53,11 @@ def features(nix: Nix) -> Finding:
     """Look whether `nix build .#x` works by hand; we ask for flakes ourselves."""
     lacking = set()
     said = said_by([str(nix.program), "eval", "--expr", "1"])
-    if said.split()[-1:] != ["1"]:
+    if "1" not in said.splitlines():
         lacking.add("nix-command")
     only = ["--extra-experimental-features", "nix-command", "eval", "--expr"]
     said = said_by([str(nix.program), *only, "builtins ? getFlake"])
-    if said.split()[-1:] != ["true"]:
+    if "true" not in said.splitlines():
         lacking.add("flakes")
     if not lacking:
         return Finding("nix features", "ok", "nix-command and flakes are on")
