@@ -21,8 +21,6 @@ in {
     standin.initrd = pkgs.standin.imageInitrd;
     # GRUB boots a bzImage, and only that.
     standin.unpackedKernel = lib.mkDefault false;
-    # As in qemu-vm.nix: interpreted ACPI code takes a third of a second for each PCI device.
-    boot.kernelParams = [ "pci=noacpi" ];
     system.build = {
       installBootLoader =
         lib.mkOverride 90 (pkgs.writeScript "install-grub" (builtins.readFile ../install-grub.sh));

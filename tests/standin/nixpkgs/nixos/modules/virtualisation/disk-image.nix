@@ -18,6 +18,9 @@ in {
       "/" = { device = "/dev/disk/by-label/nixos"; autoResize = true; fsType = "ext4"; };
       "/boot" = lib.mkIf cfg.efiSupport { device = "/dev/disk/by-label/ESP"; fsType = "vfat"; };
     };
+    # As in qemu-vm.nix: interpreted ACPI code takes a third of a second for each PCI device. Not in images that may find
+    # an IDE controller: there it fails without.
+    boot.kernelParams = [ "pci=noacpi" ];
     system.nixos.tags = [ cfg.format ] ++ lib.optional cfg.efiSupport "efi";
     image.extension = cfg.format;
     standin.disk.efi = cfg.efiSupport;
