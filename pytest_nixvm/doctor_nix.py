@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import os
@@ -160,11 +161,20 @@ def substituters(settings: dict[str, str], *, offline: bool) -> list[Finding]:
 
 
 def _substituter(url: str) -> Finding:
+    parts = urllib.parse.urlsplit(url)
     try:
         # Nothing but http(s) gets here, see above.
-        with urllib.request.urlopen(  # noqa: S310
-            url.rstrip("/") + "/nix-cache-info", timeout=_REACHABLE
-        ) as answer:
+        address = parts._replace(
+            netloc=parts.netloc.rpartition("@")[2],
+            path=parts.path.rstrip("/") + "/nix-cache-info",
+            query="",
+        )
+        request = urllib.request.Request(urllib.parse.urlunsplit(address))  # noqa: S310
+        if parts.username is not None:  # as curl, which nix uses, understands such an address
+            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            token = base64.b64encode(f"{user}:{password}".encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
+        with urllib.request.urlopen(request, timeout=_REACHABLE) as answer:  # noqa: S310
             answer.read(1000)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Finding(
