@@ -6,6 +6,7 @@ remembered result of the KVM trial. `doctor_nix` has the subjects that nix knows
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -55,21 +56,31 @@ class Finding:
 
 def kvm(qemu: Path | None, cache: Path) -> Finding:
     """Look whether this user can use KVM, by running a guest."""
+    qemu = qemu or _used_before(cache)
+    slower = "QEMU emulates the processor (TCG): all works, some ten times slower."
     if qemu is None:
-        return Finding("KVM", "warn", "not tried: there is no QEMU to try it with")
+        if os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+            seen = f"{KVM_DEVICE} may be used (not tried: there is no QEMU to try it with)"
+            return Finding("KVM", "ok", seen)
+        there = KVM_DEVICE.exists()
+        seen = f"{KVM_DEVICE} can't be opened" if there else f"there is no {KVM_DEVICE}"
+        return Finding("KVM", "warn", seen, slower, _mend_kvm(seen))
     try:
         chosen = choose(qemu, "auto", cache)
     except NixvmError as error:
-        return Finding("KVM", "warn", str(error))
+        return Finding("KVM", "warn", str(error), slower, _mend_kvm(str(error)))
     if chosen.name == "kvm":
         return Finding("KVM", "ok", chosen.reason)
-    return Finding(
-        "KVM",
-        "warn",
-        chosen.reason,
-        "QEMU emulates the processor (TCG): all works, some ten times slower.",
-        _mend_kvm(chosen.reason),
-    )
+    return Finding("KVM", "warn", chosen.reason, slower, _mend_kvm(chosen.reason))
+
+
+def _used_before(cache: Path) -> Path | None:
+    """Return a QEMU that tests have used, in the Nix store, say: where the trials are kept."""
+    try:
+        known = json.loads((cache / "accelerator.json").read_text())
+        return next((path for path in map(Path, known) if os.access(path, os.X_OK)), None)
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _mend_kvm(reason: str) -> tuple[tuple[str, str], ...]:

@@ -15,6 +15,7 @@ from _flake import OPTIONS, machine, needs_nix, write_flake
 
 from pytest_nixvm import doctor, doctor_nix
 from pytest_nixvm.cli import main
+from pytest_nixvm.qemu.accelerator import Accelerator
 
 ORDINARY = {"substituters": "", "sandbox": "true"}
 
@@ -98,6 +99,26 @@ def test_an_old_qemu_and_one_that_does_not_run(tmp_path):
         found = doctor.qemu(program, program.name)
         assert (found.state, seen in found.seen) == (state, True), found
         assert found.mend
+
+
+def test_kvm_is_tried_with_the_qemu_that_tests_have_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "KVM_DEVICE", tmp_path / "kvm")
+    assert doctor.kvm(None, tmp_path).seen == f"there is no {tmp_path}/kvm"
+    (tmp_path / "kvm").touch()
+    assert doctor.kvm(None, tmp_path).state == "ok"
+
+    tried = []
+
+    def choose(qemu: Path, *_: object) -> Accelerator:
+        tried.append(qemu)
+        return Accelerator("tcg", "/dev/kvm can't be opened: Permission denied")
+
+    monkeypatch.setattr(doctor, "choose", choose)
+    (tmp_path / "accelerator.json").write_text(json.dumps({"/gone": {}, sys.executable: {}}))
+    found = doctor.kvm(None, tmp_path)
+    assert tried == [Path(sys.executable)]
+    assert found.state == "warn"
+    assert any("kvm" in what and where == "NixOS" for where, what in found.mend)
 
 
 def test_a_full_disk(tmp_path):
