@@ -1,0 +1,219 @@
+"""A deploy as seen from here, to a host that is made of directories and small programs."""
+
+import shutil
+import threading
+import time
+
+import pytest
+from _deploy_host import Host as FakeHost
+
+from pytest_nixvm.deploy.host import DeployError, Facts, Host, Target, check
+from pytest_nixvm.deploy.steps import Deploy, Plan, difference, told
+from pytest_nixvm.errors import SettingsError, SshError
+from pytest_nixvm.progress import Silent
+
+
+@pytest.mark.parametrize(
+    ("text", "login", "port"),
+    [
+        ("ssh://root@host", "root@host", None),
+        ("ssh://host:2222", "root@host", 2222),
+        ("ssh://me@Server.example.org/", "me@Server.example.org", None),
+        ("ssh://root@[fe80::1]:22", "root@fe80::1", 22),
+    ],
+)
+def test_host_is_a_url(text, login, port):
+    target = Target.parse(text)
+    assert (target.login, target.port) == (login, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "host", "root@host", "http://host", "ssh://", "ssh://root@host/x", "ssh://root@host:x",
+     "ssh://-oProxyCommand=x", "ssh://-x@host", "ssh://a b", "ssh://root:word@host", "ssh://[::1"],
+)  # fmt: skip
+def test_what_is_no_host_is_said(text):
+    with pytest.raises(SettingsError, match="should be ssh://root@HOST"):
+        Target.parse(text)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    fake = FakeHost(tmp_path / "host")
+    for name in ("R", "NIXVM_DEPLOY_ROOT", "PATH"):
+        monkeypatch.setenv(name, fake.env[name])
+    yield fake
+    if (fake.root / "active").exists():
+        fake.call("abort", "the test is over")
+        fake.ended()
+
+
+@pytest.fixture
+def host(fake):
+    host = Host(Target.parse("ssh://root@host:2222"), script=f"{fake.root}/run/nixvm-deploy.sh")
+    host.upload()
+    return host
+
+
+def deploy(host, fake, copy=lambda: None, **changes):
+    plan = Plan("server", fake.new, **{"timeout": 3.0, "switch_timeout": 20.0, **changes})
+    made = Deploy(host, plan, Silent(), pause=0.1)
+    return made.run(host.facts("preflight"), copy)
+
+
+def test_host_that_is_well_keeps_the_new_system(host, fake):
+    copied = []
+    result = deploy(host, fake, lambda: copied.append(fake.rooted), checks=("true",))
+    assert result.ok
+    assert copied == [["nixvm-deploy"]]  # before it arrives
+    assert fake.runs() == ("new", "new", "new")
+    assert "generation 2, also after a reboot" in told(result)
+    assert "nixos-rebuild switch --rollback" in told(result)
+    assert deploy(host, fake).outcome == "unchanged"
+
+
+def test_every_look_is_a_connection_of_its_own(host, fake):
+    deploy(host, fake)
+    calls = (fake.root / "ssh").read_text().splitlines()
+    assert len(calls) > 4
+    assert all("ControlPath=none" in call and "BatchMode=yes" in call for call in calls)
+
+
+def test_host_that_does_not_come_back_goes_back(host, fake):
+    fake.behave("new.test", 'touch "$R/unreachable"')
+    fake.behave("old.test", 'rm "$R/unreachable"')
+    result = deploy(host, fake, timeout=1.0)
+    assert result.outcome == "rolled-back"
+    assert fake.runs() == ("old", "old", "old")
+    assert "has not answered for 1 s" in told(result)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"), [("echo no >&2; exit 7", "ended with 7: no"), ("false", "with 1")]
+)
+def test_check_that_fails_to_the_end_sends_it_back(host, fake, command, reason):
+    result = deploy(host, fake, timeout=1.0, checks=("true", command))
+    assert result.outcome == "rolled-back"
+    assert reason in result.reason
+    assert fake.runs() == ("old", "old", "old")
+
+
+def test_check_may_need_a_moment(host, fake):
+    command = f"test -e {fake.root}/ready || {{ touch {fake.root}/ready; exit 1; }}"
+    assert deploy(host, fake, checks=(command,)).ok
+
+
+def test_unit_that_fails_later_sends_it_back(host, fake):
+    fake.behave("failed", "a.service\n")
+    fake.behave("new.test", '(sleep 0.3; printf "%s\\n" a.service b.service > "$R/failed") &')
+    result = deploy(host, fake, timeout=2.0, checks=("sleep 0.5; exit 1",))
+    assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
+
+
+def test_activation_that_fails_is_told_with_what_it_said(host, fake):
+    fake.behave("new.test", "echo it is broken >&2; exit 2")
+    result = deploy(host, fake)
+    assert result.outcome == "rolled-back"
+    assert "it is broken" in told(result)
+    assert "exit status 2" in told(result)
+
+
+def test_system_that_must_be_booted_is_said(host, fake):
+    fake.behave("new.test", "exit 100")
+    assert "nixvm deploy --boot" in told(deploy(host, fake))
+    result = deploy(host, fake, boot=True)
+    assert fake.runs() == ("old", "new", "new")
+    assert "boots server, generation 2 from its next boot on" in told(result)
+
+
+def test_interrupted_it_goes_back_at_once(host, fake):
+    made = Deploy(host, Plan("server", fake.new, timeout=60.0), Silent(), pause=0.1)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    made._well = interrupted
+    result = made.run(host.facts("preflight"), lambda: None)
+    assert (result.outcome, result.interrupted) == ("rolled-back", True)
+    assert fake.runs() == ("old", "old", "old")
+
+
+def test_copy_that_fails_changes_nothing(host, fake):
+    def copy():
+        raise DeployError("no room")
+
+    with pytest.raises(DeployError, match="no room"):
+        deploy(host, fake, copy)
+    assert fake.runs() == ("old", "old", "old")
+    assert fake.rooted == []
+
+
+def test_host_that_was_restarted_meanwhile_is_said_to_run_the_old_one(host, fake):
+    """What boots is the old generation, and /run is empty."""
+
+    def restart():
+        fake.until("waiting")
+        fake.behave("stopping", "")
+        fake.kill()
+        fake.ended()
+        shutil.rmtree(fake.root / "run/nixvm-deploy")
+        (fake.root / "run/current-system").unlink()
+        (fake.root / "run/current-system").symlink_to(fake.old)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    result = deploy(host, fake, timeout=5.0, checks=("false",))
+    thread.join()
+    assert result.outcome == "rolled-back"
+
+
+def test_second_deploy_is_an_error_of_its_own(host, fake):
+    fake.start()
+    fake.until("waiting")
+    with pytest.raises(DeployError, match="another deploy is under way"):
+        check(host.facts("preflight"), host.target, "x86_64")
+    with pytest.raises(DeployError, match="under way"):
+        deploy(host, fake)
+    assert fake.state() == "waiting"
+
+
+def test_host_that_cannot_be_reached_is_told_in_the_words_of_ssh(host, fake):
+    fake.behave("unreachable", "")
+    began = time.monotonic()
+    with pytest.raises(SshError, match="Connection timed out"):
+        host.facts("preflight")
+    assert time.monotonic() - began < 10
+
+
+GOOD = {
+    "uid": "0", "nixos": "yes", "systemd": "yes", "nix": "yes", "current": "/nix/store/x",
+    "profile": "/nix/store/x", "machine": "x86_64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"uid": "1000"}, "switched by root"),
+        ({"nixos": ""}, "is no NixOS"),
+        ({"systemd": ""}, "no systemd-run"),
+        ({"nix": ""}, "has no nix"),
+        ({"busy": "yes"}, "another deploy"),
+        ({"profile": ""}, "no generation to go back to"),
+        ({"machine": "aarch64"}, "is aarch64, the system is for x86_64"),
+    ],
+)
+def test_host_that_is_not_fit_is_said(change, said):
+    target = Target.parse("ssh://host")
+    check(Facts(GOOD, ()), target, "x86_64")
+    with pytest.raises(DeployError, match=said):
+        check(Facts({**GOOD, **change}, ()), target, "x86_64")
+
+
+def test_difference_of_two_closures():
+    def path(digest, name):
+        return f"/nix/store/{digest * 32}-{name}"
+
+    old = [path("1", "a-1.0"), path("1", "b-2"), path("1", "etc"), path("1", "gone-3.1-lib")]
+    new = [path("2", "a-1.1"), path("1", "b-2"), path("2", "etc"), path("1", "more-4")]
+    assert difference(old, new) == ["~ a 1.0 → 1.1", "~ etc, rebuilt", "- gone 3.1-lib", "+ more 4"]
