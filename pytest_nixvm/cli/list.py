@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import click
@@ -14,14 +15,18 @@ from pytest_nixvm.errors import NixvmError
 from pytest_nixvm.flake.build import MachineInfo
 from pytest_nixvm.flake.nix import NixFailure
 from pytest_nixvm.flake.remember import Memory
+from pytest_nixvm.flake.words import nix_list
 from pytest_nixvm.tested import Tested, Verdict
 
 _TIMEOUT = 600.0  # seconds
 
 # `vm.enable` is the shipped module's. A host that throws does not hide the others.
-_KINDS = """machines: builtins.mapAttrs (_: machine:
-  let try = builtins.tryEval (machine.config.vm.enable or false); in
-  if !try.success then "?" else if try.value then "vm" else "physical") machines"""
+_KINDS = """machines: builtins.listToAttrs (map (name: {
+  inherit name;
+  value =
+    let try = builtins.tryEval (machines.${name}.config.vm.enable or false); in
+    if !try.success then "?" else if try.value then "vm" else "physical";
+}) (builtins.filter (name: machines ? ${name}) NAMES))"""
 
 
 @dataclass(frozen=True)
@@ -89,37 +94,50 @@ def _kinds(context: Context, machines: Sequence[MachineInfo]) -> dict[str, str]:
     }
     if "?" not in kinds.values():
         return kinds
-    catalogue, settings, flake = context.catalogue, context.settings, context.flake
-    url, overrides = flake.reference.url, settings.override_input
-    about = ["kinds", _KINDS, url, [list(pair) for pair in overrides], catalogue.nix.identity]
+    nix, settings = context.catalogue.nix, context.settings
+    url, overrides = context.flake.reference.url, settings.override_input
+    names = sorted(name for name, kind in kinds.items() if kind == "?")
+    about = ["kinds", _KINDS, names, url, [list(pair) for pair in overrides], nix.identity]
     memory = Memory(settings.cache / "evaluations", about)
     answer = memory.recall("kinds")
     if answer is None:
         before = memory.digests([url, *(reference for _, reference in overrides)])
-        step = context.progress.step("Evaluating what the machines are")
-        try:
-            answer = catalogue.nix.evaluate(
-                f"{url}#nixosConfigurations",
-                _KINDS,
-                overrides=overrides,
-                timeout=_TIMEOUT,
-                watch=step.update,
-            ).value
-        except NixFailure:
-            step.fail("one of them can't be evaluated")
-            return kinds  # an error that Nix can't catch: `nixvm build NAME` tells it
-        except BaseException:
-            step.fail()
-            raise
-        step.finish()
+        answer = _evaluate(context, names)
         trees = {name: digest for name, digest in before.items() if digest is not None}
+        # As long as nothing changes; what is not local may change without our knowing.
         if len(trees) == len(before) and memory.digests(before) == before:
-            try:
+            with contextlib.suppress(OSError):  # then it is evaluated again, no more
                 memory.record("kinds", trees, answer)
-            except OSError as error:
-                step.fail(f"not remembered: {error.strerror}")
-    found: Mapping[str, str] = answer
-    return {name: found.get(name, kind) if kind == "?" else kind for name, kind in kinds.items()}
+    return {name: answer.get(name, kind) if kind == "?" else kind for name, kind in kinds.items()}
+
+
+def _evaluate(context: Context, names: Sequence[str]) -> dict[str, str]:
+    step = context.progress.step("Evaluating what the machines are")
+
+    def ask(names: Sequence[str]) -> dict[str, str]:
+        answer: dict[str, str] = context.catalogue.nix.evaluate(
+            f"{context.flake.reference.url}#nixosConfigurations",
+            _KINDS.replace("NAMES", nix_list(names)),
+            overrides=context.settings.override_input,
+            timeout=_TIMEOUT,
+            watch=step.update,
+        ).value
+        return answer
+
+    try:
+        try:
+            found = ask(names)
+        except NixFailure as failure:
+            # An error that Nix can't catch, of one host; `nixvm build NAME` tells it.
+            found = {}
+            for name in names if failure.timeout is None and len(names) > 1 else ():
+                with contextlib.suppress(NixFailure):
+                    found |= ask([name])
+    except BaseException:
+        step.fail()
+        raise
+    step.finish()
+    return found
 
 
 def _running() -> frozenset[str]:

@@ -153,3 +153,17 @@ def test_a_mistake_is_told_in_one_message(run, words, status, says):
     assert (got, out) == (status, "")
     assert says in err
     assert sum(line.startswith("nixvm: ") for line in err.splitlines() if "…" not in line) >= 1
+
+
+def test_list_of_one_machine_evaluates_no_other(run, flake):
+    text = (flake / "flake.nix").read_text()
+    (flake / "flake.nix").write_text(text.replace(THROWS, "{ vm.enable = 1 + [ ]; }"))
+    status, out, err = run("list", "--flake", f"{flake}#dev-vm")
+    assert status == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["dev-vm", "vm"]]
+    assert "failed" not in err
+
+    # What Nix can't catch hides no other.
+    _, out, err = run("list")
+    kinds = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
+    assert kinds == {"web": "physical", "dev-vm": "vm", "bad": "?", "red": "physical"}
