@@ -54,7 +54,8 @@ pkgs.standin.runAsRoot name {
   printf '\x55\xaa' | dd of=disk bs=1 seek=510 conv=notrunc status=none
 
   if [ -n "$efi" ]; then
-    echo 'search --no-floppy --label nixos --set root; set prefix=($root)/boot/grub; configfile $prefix/grub.cfg' > early
+    # GRUB's first parser knows no semicolon.
+    printf '%s\n' 'search --no-floppy --label nixos --set=root' 'set prefix=($root)/boot/grub' > early
     grub-mkimage -O x86_64-efi -d $grub/x86_64-efi -c early -p /EFI/BOOT -o BOOTX64.EFI \
       fat $modules search search_label all_video
     mkfs.vfat -n ESP -C esp $((esp * 1024)) > /dev/null
