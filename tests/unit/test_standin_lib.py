@@ -174,8 +174,8 @@ def test_an_error_tells_the_file_and_the_value(evaluate: Evaluate, tmp_path: Pat
     with pytest.raises(EvaluationFailed) as raised:
         evaluate(str(module), "c.config.virtualisation.vmVariant.virtualisation.diskSize")
     assert (
-        "`virtualisation.vmVariant.virtualisation.diskSize' is not of type `positive integer"
-        in str(raised.value)
+        '`virtualisation.vmVariant.virtualisation.diskSize\' is not of type `value "auto" (singular'
+        " enum) or positive integer, meaning >0'" in str(raised.value)
     )
     assert f'- In `{module}\': "20G"' in str(raised.value)
 
@@ -320,3 +320,78 @@ def test_functions_of_lib(evaluate: Evaluate) -> None:
         'lib.versionAtLeast "25.11" "25.05"': True,
     }
     assert evaluate("", f"[ {' '.join(f'({text})' for text in cases)} ]") == list(cases.values())
+
+
+def test_what_an_installed_computer_says_of_itself_is_accepted(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    module = tmp_path / "hardware-configuration.nix"
+    module.write_text(
+        """{ config, lib, pkgs, modulesPath, ... }: {
+          imports = [ (modulesPath + "/installer/scan/not-detected.nix") ];
+          boot.initrd.availableKernelModules = [ "xhci_pci" "nvme" ];
+          boot.initrd.luks.devices.root.device = "/dev/disk/by-uuid/0a";
+          boot.kernelPackages = pkgs.linuxPackages_latest;
+          boot.loader.systemd-boot.enable = true;
+          fileSystems."/" = { device = "/dev/disk/by-uuid/0b"; fsType = "ext4"; };
+          swapDevices = [ { device = "/dev/disk/by-uuid/0c"; } ];
+          hardware.cpu.intel.updateMicrocode =
+            lib.mkDefault config.hardware.enableRedistributableFirmware;
+          hardware.graphics.enable = true;
+          networking.networkmanager = { enable = true; wifi.powersave = true; };
+          networking.firewall.extraInputRules = "tcp dport 9 accept";
+          services.pipewire = { enable = true; pulse.enable = true; };
+          services.tlp.enable = true;
+          systemd.tmpfiles.settings.mine."/srv/x".d.mode = "0750";
+          virtualisation.virtualbox.guest.enable = true;
+          nix.settings.experimental-features = [ "nix-command" "flakes" ];
+        }"""
+    )
+    assert evaluate(
+        str(module),
+        """[
+          c.config.hardware.cpu.intel.updateMicrocode
+          c.config.virtualisation.virtualbox.guest.enable
+          c.config.virtualisation.vmware.guest.enable
+          c.config.environment.etc."tmpfiles.d/mine.conf".text
+          c.config.standin.hasNix
+        ]""",
+    ) == [False, True, False, "d /srv/x 0750 - - - \n", False]
+
+
+def test_a_home_has_files_of_each_kind_and_what_nixos_knows(evaluate: Evaluate) -> None:
+    modules = f"""{NIXPKGS.parent}/home-manager/nixos.nix {{
+      users.users.alice = {{ isNormalUser = true; home = "/people/alice"; }};
+      home-manager.extraSpecialArgs.word = "hi";
+      home-manager.users.alice = {{ config, pkgs, word, osConfig, ... }}: {{
+        home.stateVersion = "25.11";
+        home.file.notes.text = "${{word}} in ${{config.home.homeDirectory}}";
+        xdg.configFile."a/b".text = osConfig.networking.hostName;
+        home.packages = [ pkgs.bash ];
+        programs.starship.enable = true;
+        programs.git = {{
+          enable = true;
+          settings.user.name = "Alice";
+          extraConfig.pull.rebase = true;
+        }};
+      }};
+    }}"""
+    home = "c.config.home-manager.users.alice.home"
+    assert evaluate(
+        modules,
+        f"""[
+          {home}.file.notes.text
+          {home}.file.".config/a/b".text
+          {home}.file.".config/git/config".text
+          (c.config.systemd.services ? home-manager-alice)
+          (map (p: p.pname or p.name) c.config.users.users.alice.packages)
+        ]""",
+    ) == [
+        "hi in /people/alice",
+        "nixos",
+        '[pull]\n\trebase = true\n[user]\n\tname = "Alice"\n',
+        True,
+        ["bash"],
+    ]
+    with pytest.raises(EvaluationFailed, match=r"home\.fil' does not exist"):
+        evaluate(modules + "{ home-manager.users.alice.home.fil = 1; }", f"{home}.username")

@@ -169,7 +169,15 @@ in
     # A program that is not a package here has its files only.
     packages = lib.concatLists (
       lib.mapAttrsToList (
-        name: _: lib.optional (name != "bash" && name != "home-manager" && pkgs ? ${name}) pkgs.${name}
+        name: _:
+        lib.optional (
+          !(lib.elem name [
+            "bash"
+            "home-manager"
+          ])
+          && pkgs ? ${name}
+          && (builtins.tryEval pkgs.${name}).success
+        ) pkgs.${name}
       ) enabled
     );
     file = lib.mkMerge [

@@ -123,7 +123,8 @@ let
     };
     enum = choices: mk {
       name = "enum";
-      description = "one of ${lib.concatMapStringsSep ", " toJSON choices}";
+      description = if length choices == 1 then "value ${toJSON (head choices)} (singular enum)"
+        else "one of ${lib.concatMapStringsSep ", " toJSON choices}";
       check = v: elem v choices;
       inherit choices;
       typeMerge = other: if other.name == "enum" then types.enum (lib.unique (choices ++ other.choices)) else null;

@@ -19,6 +19,13 @@ let
     }; });
     default = [ ];
   };
+  accepted = name: mkOption {
+    type = types.submodule {
+      freeformType = types.attrsOf types.anything;
+      options.enable = mkEnableOption name;
+    };
+    default = { };
+  };
   open = prefix: f:
     let rule = proto: single: range:
       let all = map toString single ++ map (r: "${toString r.from}-${toString r.to}") range;
@@ -34,6 +41,7 @@ let
       "icmpv6 type != { nd-redirect, 139 } accept" "udp sport 67 udp dport 68 accept"
       "ip6 daddr fe80::/64 udp dport 546 accept"
     ]
+    (lib.optional (fw.extraInputRules != "") fw.extraInputRules)
     (lib.optional fw.rejectPackets "reject with icmpx port-unreachable")
   ];
   ruleset = pkgs.writeText "firewall.nft" ''
@@ -83,14 +91,17 @@ in {
       type = types.attrsOf (types.submodule {
         options = {
           useDHCP = mkOption { type = types.nullOr types.bool; default = null; };
+          mtu = mkOption { type = types.nullOr types.int; default = null; };
+          macAddress = mkOption { type = types.nullOr types.str; default = null; };
+          wakeOnLan = mkOption { type = types.attrsOf types.anything; default = { }; };
           ipv4.addresses = addresses 32;
           ipv6.addresses = addresses 128;
         };
       });
     };
-    networkmanager.enable = mkEnableOption "NetworkManager";
-    wireless.enable = mkEnableOption "wpa_supplicant";
-    nftables.enable = mkEnableOption "nftables";
+    networkmanager = accepted "NetworkManager";
+    wireless = accepted "wpa_supplicant";
+    nftables = accepted "nftables";
     firewall = interface.options // {
       enable = mkOption { type = types.bool; default = true; };
       allowPing = mkOption { type = types.bool; default = true; };
@@ -101,6 +112,14 @@ in {
         type = types.either types.bool (types.enum [ "strict" "loose" ]);
         default = true;
       };
+      # Commands for iptables, which is not here.
+      extraCommands = mkOption { type = types.lines; default = ""; };
+      extraStopCommands = mkOption { type = types.lines; default = ""; };
+      extraInputRules = mkOption { type = types.lines; default = ""; };
+      extraPackages = mkOption { type = types.listOf types.package; default = [ ]; };
+      filterForward = mkOption { type = types.bool; default = false; };
+      logReversePathDrops = mkOption { type = types.bool; default = false; };
+      pingLimit = mkOption { type = types.nullOr types.str; default = null; };
       trustedInterfaces = mkOption { type = types.listOf types.str; default = [ ]; };
       interfaces = mkOption { type = types.attrsOf (types.submodule interface); default = { }; };
     };

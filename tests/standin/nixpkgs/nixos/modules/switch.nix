@@ -100,7 +100,7 @@ in {
         after = [ "local-fs.target" "systemd-journald.service" ];
         before = [ "sysinit-reactivation.target" "shutdown.target" ];
         conflicts = [ "shutdown.target" ];
-        restartTriggers = [ config.systemd.tmpfiles.rules ];
+        restartTriggers = [ config.systemd.tmpfiles.rules (builtins.toJSON config.systemd.tmpfiles.settings) ];
         unitConfig.DefaultDependencies = false;
         serviceConfig = {
           Type = "oneshot";

@@ -8,6 +8,7 @@ let
   strings = mkOption { type = types.listOf types.str; default = [ ]; };
   lines = mkOption { type = types.lines; default = ""; };
   flag = default: mkOption { type = types.bool; inherit default; };
+  field = mkOption { type = types.str; default = "-"; };
   options' = mkOption { type = section; default = { }; };
 
   common = {
@@ -126,6 +127,12 @@ in {
     slices = units { sliceConfig = options'; };
     mounts = mkOption { type = types.listOf (types.submodule { options = common // mount; }); default = [ ]; };
     tmpfiles.rules = strings;
+    tmpfiles.settings = mkOption {
+      type = types.attrsOf (types.attrsOf (types.attrsOf (types.submodule { options = {
+        user = field; group = field; mode = field; age = field; argument = mkOption { type = types.str; default = ""; };
+      }; })));
+      default = { };
+    };
     defaultUnit = mkOption { type = types.str; default = "multi-user.target"; };
     globalEnvironment = mkOption { type = types.attrsOf atom; default = { }; };
     extraConfig = lines;
@@ -137,6 +144,8 @@ in {
   };
   options.services.journald.extraConfig = lines;
   options.services.udev.extraRules = lines;
+  # Packages of rules: accepted.
+  options.services.udev.packages = mkOption { type = types.listOf types.path; default = [ ]; };
 
   config = {
     systemd.timers = lib.mapAttrs (_: s: { wantedBy = [ "timers.target" ]; timerConfig.OnCalendar = s.startAt; })
@@ -155,6 +164,10 @@ in {
       "systemd/system.conf".text = body "Manager" cfg.settings.Manager + cfg.extraConfig;
       "systemd/journald.conf".text = "[Journal]\nStorage=persistent\n" + config.services.journald.extraConfig;
       "tmpfiles.d/00-nixos.conf".text = lib.concatLines cfg.tmpfiles.rules;
+    } // mapAttrs' (file: paths: nameValuePair "tmpfiles.d/${file}.conf" {
+      text = lib.concatLines (lib.concatLists (lib.mapAttrsToList (path: lib.mapAttrsToList (type: r:
+        "${type} ${path} ${r.mode} ${r.user} ${r.group} ${r.age} ${r.argument}")) paths));
+    }) cfg.tmpfiles.settings // {
       "udev/rules.d/99-local.rules".text = config.services.udev.extraRules;
     };
   };
