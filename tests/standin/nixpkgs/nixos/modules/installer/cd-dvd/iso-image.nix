@@ -73,6 +73,9 @@ in {
       ln "$base" cd/standin-base.img 2> /dev/null || cp "$base" cd/standin-base.img
       cp -L $toplevel/kernel cd/boot/bzImage; cp -L $toplevel/initrd cd/boot/initrd
       read -r params < $toplevel/kernel-params || true # no line feed at its end
+      if [ -s $closure/registration ]; then # see nix.nix
+        cp $closure/registration cd/nix-path-registration; params="$params regInfo=/iso/nix-path-registration"
+      fi
       printf 'set timeout=0\nset default=0\nmenuentry "NixOS" {\n  linux %s init=%s/init %s\n  initrd %s\n}\n' \
         /boot/bzImage $toplevel "$params" /boot/initrd > cd/boot/grub/grub.cfg
       grub-mkimage -O i386-pc-eltorito -d $grub -p /boot/grub -o cd/boot/grub/eltorito.img \
