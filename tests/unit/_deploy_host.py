@@ -42,7 +42,10 @@ echo "nix-env $*" >> "$R/log"
 profile=$2
 ln -s "$4" "$profile-2-link"; ln -sfn system-2-link "$profile"
 """,
-    "nix-store": r"""for name in a-1.0 b-2.0 gone-3.1; do echo "/nix/store/$(printf 1%.0s {1..32})-$name"; done""",
+    "nix-store": r"""
+hash=$(printf 1%.0s {1..32})
+for name in a-1.0 b-2.0 gone-3.1; do echo "/nix/store/$hash-$name"; done
+""",
     "id": "echo 0",
     "ssh": r"""
 echo "ssh $*" >> "$R/ssh"
