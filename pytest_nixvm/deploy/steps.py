@@ -270,7 +270,7 @@ class Deploy:
 def told(result: Result) -> str:
     """Say what became of a deploy, and what can be done now."""
     host, name = result.host, result.name
-    login = f"ssh {host.removeprefix('ssh://')}"
+    login = f"ssh {host}"  # OpenSSH takes such a URL, with its port
     if result.outcome == "unchanged":
         return f"{host} has this {name} already, as generation {result.generation}."
     if result.outcome == "committed":

@@ -1,0 +1,121 @@
+"""`nixvm deploy` before anything is copied: what it refuses, and how it says so."""
+
+import pytest
+from _deploy_host import Host as FakeHost
+from _flake import OPTIONS, Workshop, machine, needs_nix, write_flake
+
+from pytest_nixvm.cli import main
+from pytest_nixvm.tested import Tested as Records  # or pytest takes it for a test
+
+pytestmark = needs_nix
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    fake = FakeHost(tmp_path / "host")
+    for name in ("R", "NIXVM_DEPLOY_ROOT", "PATH"):
+        monkeypatch.setenv(name, fake.env[name])
+    monkeypatch.setenv("NIXVM_DEPLOY_SCRIPT", f"{fake.root}/run/nixvm-deploy.sh")
+    return fake
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    workshop = Workshop(tmp_path)
+    write_flake(tmp_path / "config", machine("server", workshop.host))
+    return workshop
+
+
+@pytest.fixture
+def nixvm(workshop, fake, capsys):
+    def call(*words, to="ssh://root@host"):
+        options = [word for pair in OPTIONS for word in ("--nix-option", *pair)]
+        place = ("--flake", str(workshop.tmp / "config"), "--cache", str(workshop.cache))
+        status = main(["deploy", *words, "--to", to, *place, *options])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def record(workshop, outcome):
+    toplevel = workshop.flake(workshop.tmp / "config").real_toplevel("server")
+    Records().add(toplevel, machine="server", flake=".", outcomes={"t.py::test": outcome})
+    return toplevel
+
+
+def test_untested_system_is_refused_before_anything_is_built(nixvm, workshop, fake):
+    status, said = nixvm("server")
+    assert status == 2
+    assert "server as it is now was not tested" in said
+    assert "--nixvm-machine=server" in said
+    assert not (workshop.cache / "roots" / "deploy-server").is_symlink()
+    assert not (fake.root / "ssh").exists()
+
+
+def test_system_whose_tests_failed_is_refused_and_they_are_named(nixvm, workshop):
+    record(workshop, "failed")
+    status, said = nixvm("server")
+    assert status == 2
+    assert "t.py::test" in said
+
+
+def test_changed_configuration_is_another_system(nixvm, workshop):
+    record(workshop, "passed")
+    write_flake(
+        workshop.tmp / "config",
+        machine("server", workshop.host, '{ test.build = "echo more"; }'),
+        tracked=False,
+    )
+    status, said = nixvm("server")
+    assert (status, "was not tested" in said) == (2, True)
+
+
+def test_tested_system_is_built_as_the_real_machine_has_it(nixvm, workshop, fake):
+    toplevel = record(workshop, "passed")
+    fake.behave("unreachable", "")
+    status, said = nixvm("server")
+    assert status == 1
+    assert "No connection to ssh://root@host: ssh: connect to host: Connection timed out" in said
+    root = workshop.cache / "roots" / "deploy-server"
+    assert str(root.readlink()) == toplevel
+    assert (root / "what").read_text() == "agent off\n"
+
+
+def test_force_wants_a_reason_and_goes_on(nixvm, fake):
+    assert nixvm("server", "--force", " ") == (
+        2,
+        "nixvm: --force wants a reason, which the host's journal keeps.\n",
+    )
+    (fake.root / "etc/NIXOS").unlink()
+    status, said = nixvm("server", "--force", "a fire")
+    assert status == 1
+    assert "server is deployed by force: not tested." in said
+    assert "ssh://root@host is no NixOS" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "to", "said"),
+    [
+        (("server",), "host", "should be ssh://root@HOST"),
+        (("sever",), "ssh://host", "Did you mean"),
+        (("server", "--timeout", "0"), "ssh://host", "--timeout"),
+        (("server", "--boot=x"), "ssh://host", "--boot"),
+    ],
+)
+def test_mistakes_are_one_message(nixvm, words, to, said):
+    status, text = nixvm(*words, to=to)
+    assert status == 2
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_system_that_cannot_be_built_is_told_by_its_log(nixvm, workshop):
+    write_flake(
+        workshop.tmp / "config",
+        machine("server", workshop.host, '{ test.build = "echo it is broken; exit 1"; }'),
+        tracked=False,
+    )
+    status, said = nixvm("server", "--force", "a fire")
+    assert status == 1
+    assert "it is broken" in said
