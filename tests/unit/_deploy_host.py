@@ -119,8 +119,8 @@ class Host:
             time.sleep(0.05)
         return state
 
-    def ended(self):
-        end = time.monotonic() + 20
+    def ended(self, timeout=20):
+        end = time.monotonic() + timeout
         while not (self.root / "ended").exists():
             assert time.monotonic() < end, self.journal()
             time.sleep(0.05)

@@ -1,6 +1,14 @@
-"""`nixvm deploy` before anything is copied: what it refuses, and how it says so."""
+"""The command `nixvm deploy`: what it refuses, how it says so, and how it may be ended."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from _deploy_host import SWITCH
 from _deploy_host import Host as FakeHost
 from _flake import OPTIONS, Workshop, machine, needs_nix, write_flake
 
@@ -119,3 +127,85 @@ def test_system_that_cannot_be_built_is_told_by_its_log(nixvm, workshop):
     status, said = nixvm("server", "--force", "a fire")
     assert status == 1
     assert "it is broken" in said
+
+
+# --- a process of its own, to the end; what is "copied" is in the same store ----------------------
+
+
+@pytest.fixture
+def begin(workshop, fake):
+    """Begin to deploy a system that can be switched to."""
+    switch = workshop.tmp / "switch-to-configuration"
+    fake.program(switch, SWITCH)
+    into = f"mkdir $out/bin; cp {switch} $out/bin/"
+    write_flake(
+        workshop.tmp / "config",
+        machine("server", workshop.host, f"""{{ test.build = "trap '{into}' EXIT"; }}"""),
+        tracked=False,
+    )
+    copies = 'for word; do [ "$word" != copy ] || exit 0; done'
+    fake.program(fake.root / "bin" / "nix", f'{copies}\nexec {shutil.which("nix")} "$@"')
+    toplevel = record(workshop, "passed")
+    begun = []
+
+    def begin(*words):
+        options = [word for pair in OPTIONS for word in ("--nix-option", *pair)]
+        place = ("--flake", str(workshop.tmp / "config"), "--cache", str(workshop.cache))
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pytest_nixvm.cli", "deploy", "server"),
+                *("--to", "ssh://root@host", *words, *place, *options),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun.append(process)
+        return process
+
+    begin.toplevel = toplevel
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
+    if (fake.root / "active").exists():
+        fake.call("abort", "the test is over")
+        fake.ended()
+
+
+def test_tested_system_is_deployed_and_told_for_scripts(begin, fake):
+    out, err = begin("--json", "--check", "true").communicate(timeout=60)
+    result = json.loads(out)
+    assert (result["outcome"], result["generation"]) == ("committed", "2"), err
+    assert result["new"] == begin.toplevel
+    assert {Path(begin.toplevel).name} == {*fake.runs()}
+
+
+def test_dry_run_changes_nothing(begin, fake, workshop):
+    process = begin("--dry-run")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"{begin.toplevel} (1 test passed" in out
+    assert "Nothing was changed" in out
+    assert fake.runs() == ("old", "old", "old")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)]
+)
+@pytest.mark.parametrize("when", ["activating", "waiting"])
+def test_command_that_is_ended_leaves_the_old_system(begin, fake, number, status, when):
+    if when == "activating":
+        name = Path(begin.toplevel).name
+        fake.behave(f"{name}.test", 'ln -sfn "$me" "$R/run/current-system"; sleep 2')
+    # Only the killed one can't ask the host to go back.
+    timeout = "1" if number == signal.SIGKILL else "60"
+    process = begin("--timeout", timeout, "--check", "sleep 3; false")
+    fake.until(when)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert fake.ended(timeout=40) == "rolled-back"
+    assert fake.runs() == ("old", "old", "old")
+    if status == 130:
+        assert "was not switched to server: it was interrupted" in err
