@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 closure = json.loads(Path(sys.argv[1]).read_text())["closure"]
 closure.sort(key=lambda info: info["path"])
@@ -10,7 +11,7 @@ out = Path(sys.argv[2])
 out.mkdir()
 
 
-def registration(info: dict) -> str:
+def registration(info: dict[str, Any]) -> str:
     lines = [
         info["path"],
         info["narHash"],
