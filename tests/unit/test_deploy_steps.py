@@ -79,7 +79,8 @@ def test_every_look_is_a_connection_of_its_own(host, fake):
     assert all("ControlPath=none" in call and "BatchMode=yes" in call for call in calls)
 
 
-def test_host_that_does_not_come_back_goes_back(host, fake):
+def test_host_that_does_not_come_back_goes_back(host, fake, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.deploy.steps.MARGIN", 2.0)
     fake.behave("new.test", 'touch "$R/unreachable"')
     fake.behave("old.test", 'rm "$R/unreachable"')
     result = deploy(host, fake, timeout=1.0)
