@@ -35,9 +35,7 @@ def test_help_says_what_it_is_first(capsys):
         assert main(arguments) == 0
         out = capsys.readouterr().out
         first, empty, *rest = out.splitlines()
-        assert (
-            first == "nixvm looks after what pytest-nixvm (tests of NixOS VMs) keeps between runs."
-        )
+        assert first == "nixvm builds, runs and deploys the machines of a NixOS flake."
         assert empty == ""
         assert any("cache" in line for line in rest)
 

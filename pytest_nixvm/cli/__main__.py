@@ -1,0 +1,7 @@
+"""`python -m pytest_nixvm.cli`."""
+
+import sys
+
+from pytest_nixvm.cli import main
+
+sys.exit(main())
