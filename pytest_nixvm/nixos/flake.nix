@@ -1,0 +1,32 @@
+# What NixOS configurations need of pytest-nixvm. It has no inputs: `nixpkgs` and Home Manager are
+# handed to its functions, so there is nothing to keep in step.
+#
+#     inputs.pytest-nixvm.url = "github:pytest-nixvm/pytest-nixvm?dir=pytest_nixvm/nixos";
+{
+  description = "Virtual machines beside physical ones in a NixOS flake, tested with pytest-nixvm";
+
+  outputs =
+    { ... }:
+    {
+      nixosModules = rec {
+        vm = ./modules/vm;
+        default = vm;
+      };
+
+      lib = import ./lib;
+
+      templates = rec {
+        vm = {
+          path = ./layout;
+          description = "Physical machines and VMs in one flake (`nixvm init` writes the same, and asks for names)";
+          welcomeText = ''
+            The guide to it is AGENTS.md. The next steps:
+
+                git init && git add .
+                pytest --nixvm-flake=.
+          '';
+        };
+        default = vm;
+      };
+    };
+}
