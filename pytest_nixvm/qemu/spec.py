@@ -120,6 +120,7 @@ class LaunchSpec:
     network_options: str = ""  # for QEMU's user network: the addresses that the guest expects
     ram: Path | None = None  # a file that is the memory: the machine is to be frozen
     arguments: tuple[str, ...] = ()  # more arguments for QEMU, after ours
+    environment: tuple[tuple[str, str], ...] = ()  # more variables for the script, over ours
 
     @property
     def monitor_socket(self) -> Path:
@@ -245,7 +246,7 @@ def environment(spec: LaunchSpec, script: str, guest: str) -> dict[str, str]:
     # A machine without a root disk (`diskImage = null`) would have one made for it in vain.
     if "${NIX_DISK_IMAGE:-}" not in script:
         result["NIX_DISK_IMAGE"] = str(spec.scratch / "root.qcow2")
-    return result
+    return result | dict(spec.environment)
 
 
 def _escape(path: Path) -> str:

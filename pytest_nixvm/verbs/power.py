@@ -189,6 +189,13 @@ class Power(Guest):
                 on.revive()
             on.hang_up()
 
+    def leave_to_person(self) -> None:
+        """Watch over it no more: what a person does in there is no fault that ends all calls.
+
+        It may reboot itself then; `reconnect` opens the channels anew.
+        """
+        self._opened().health.close()
+
     def become(self, build: VmBuild) -> None:
         """Run another build of this machine from the next start on, on the disk as it is.
 
