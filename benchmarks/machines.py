@@ -10,7 +10,8 @@ from pathlib import Path
 from pytest_nixvm import Fleet, Machine, Settings
 
 ROOT = Path(__file__).parent.parent
-FLAKE = f"path:{ROOT / 'example_tests' / 'nix'}"
+DIRECTORY = ROOT / "example_tests" / "nix"
+FLAKE = f"path:{DIRECTORY}"
 MACHINE, MEMORY = "dev-vm", 1024
 
 
@@ -19,7 +20,7 @@ def nixpkgs(arguments: list[str]) -> list[str]:
     if arguments:
         return arguments
     prepare = ROOT / "tests" / "standin" / "prepare"
-    done = subprocess.run([prepare], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([prepare, DIRECTORY], stdout=subprocess.PIPE, text=True, check=True)
     return shlex.split(done.stdout.splitlines()[-1])
 
 

@@ -6,11 +6,13 @@ tests run on real nixpkgs with `--nixvm-override-input nixpkgs github:NixOS/nixp
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from pytest_nixvm import Fleet, Settings
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 EXAMPLE = ROOT / "example_tests" / "nix"
+LIBRARY = ROOT / "pytest_nixvm" / "nixos"
 ARGUMENTS = pytest.StashKey[list[str]]()
 
 
@@ -35,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not option.nixvm_override_input:
         prepare = ROOT / "tests" / "standin" / "prepare"
-        done = subprocess.run([prepare], stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run([prepare, EXAMPLE], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             raise pytest.UsageError(f"{prepare} failed: see above.")
         words = shlex.split(done.stdout.splitlines()[-1])
@@ -47,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
             name = flag.removeprefix("--").replace("-", "_")
             setattr(option, name, [*(getattr(option, name) or []), values])
     else:
+        if not any(name == "pytest-nixvm" for name, _ in option.nixvm_override_input):
+            option.nixvm_override_input.append(("pytest-nixvm", f"path:{LIBRARY}"))
         for flag in ("override_input", "nix_option"):
             for pair in getattr(option, f"nixvm_{flag}") or []:
                 config.stash[ARGUMENTS] += [f"--nixvm-{flag.replace('_', '-')}", *pair]
@@ -69,8 +74,36 @@ def pytest_configure_node(node) -> None:
 
 @pytest.fixture(scope="session")
 def arguments(pytestconfig: pytest.Config) -> list[str]:
-    """The pytest arguments that make VMs of the stand-in."""
+    """The pytest arguments that make VMs of the stand-in, for the example."""
     return pytestconfig.stash[ARGUMENTS]
+
+
+@pytest.fixture(scope="session")
+def arguments_of(arguments: list[str]) -> Callable[[str | Path], list[str]]:
+    """The same for another flake (its directory), which may have fewer inputs."""
+
+    def those(flake: str | Path) -> list[str]:
+        inputs = _inputs(Path(flake))
+        triples = zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True)
+        return [
+            word
+            for flag, name, value in triples
+            if flag != "--nixvm-override-input" or name.partition("/")[0] in inputs
+            for word in (flag, name, value)
+        ]
+
+    return those
+
+
+@cache
+def _inputs(flake: Path) -> frozenset[str]:
+    """The names of a flake's inputs: to override one that it does not have is a mistake."""
+    expression = (
+        f"builtins.attrNames ((import {json.dumps(str(flake / 'flake.nix'))}).inputs or {{ }})"
+    )
+    command = ["nix-instantiate", "--eval", "--json", "--strict", "-E", expression]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    return frozenset(json.loads(done.stdout))
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +122,9 @@ def flake_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def fleet_of(
-    arguments: list[str], flake_copy: Callable[[str], Path], tmp_path_factory
+    arguments_of: Callable[[str | Path], list[str]],
+    flake_copy: Callable[[str], Path],
+    tmp_path_factory,
 ) -> Iterator[Callable[..., Fleet]]:
     """A fleet of one of the flakes beside this file, ended with the session."""
     fleets: dict[object, Fleet] = {}
@@ -102,7 +137,7 @@ def fleet_of(
             copies[flake] = copies.get(flake) or flake_copy(flake)
             reference = f"{copies[flake]}#{attribute}" if attribute else str(copies[flake])
             fleets[key] = Fleet(
-                settings_for(reference, arguments, **options),
+                settings_for(reference, arguments_of(copies[flake]), **options),
                 output=tmp_path_factory.mktemp(f"{flake}-output"),
             )
         return fleets[key]

@@ -18,7 +18,8 @@ def test_pristine(vm, number):
 """
 
 
-def test_each_reason_is_told_and_each_test_boots(arguments, flake_copy, tmp_path):
+def test_each_reason_is_told_and_each_test_boots(arguments_of, flake_copy, tmp_path):
+    flake = flake_copy("machines")
     disk = tmp_path / "disk.raw"
     disk.touch()
     os.truncate(disk, 2**20)
@@ -26,7 +27,7 @@ def test_each_reason_is_told_and_each_test_boots(arguments, flake_copy, tmp_path
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"--nixvm-flake={flake_copy('machines')}", *arguments,
+        [sys.executable, "-m", "pytest", f"--nixvm-flake={flake}", *arguments_of(flake),
          "--nixvm-memory=512"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**os.environ, "STUBBORN_DISK": str(disk)},

@@ -10,20 +10,21 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def verdicts(arguments: list[str], flake_copy, tmp_path_factory) -> str:
+def verdicts(arguments_of, flake_copy, tmp_path_factory) -> str:
     """What the user sees who runs `pytest --nixvm-check` in a directory without tests."""
     place = tmp_path_factory.mktemp("checked")
     (place / "pytest.ini").write_text(
         "[pytest]\naddopts = --strict-markers -ra\n"
         "nixvm_check_off = faulty: agent: it is not asked here\n"
     )
+    flake = flake_copy("checked")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "--nixvm-check", "--nixvm-memory=1024"),
-            *(f"--nixvm-flake={flake_copy('checked')}", "--nixvm-output=results"),
+            *(f"--nixvm-flake={flake}", "--nixvm-output=results"),
             "-p",
             "no:cacheprovider",
-            *arguments,
+            *arguments_of(flake),
         ],
         cwd=place,
         capture_output=True,

@@ -77,8 +77,10 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def server(fleet_of, arguments, tmp_path_factory):
-    server = Deployed(fleet_of("deploy"), arguments, tmp_path_factory.mktemp("state"))
+def server(fleet_of, arguments_of, tmp_path_factory):
+    fleet = fleet_of("deploy")
+    arguments = arguments_of(fleet.settings.flake)
+    server = Deployed(fleet, arguments, tmp_path_factory.mktemp("state"))
     yield server
     server.vm.kill()
 

@@ -394,11 +394,12 @@ def pytest_nixvm_secrets(machine):
 """
 
 
-def test_the_hook_and_the_fixture(household, arguments, tmp_path):
+def test_the_hook_and_the_fixture(household, arguments_of, tmp_path):
+    flake = household.settings.flake
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(CONFTEST)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"--nixvm-flake={household.settings.flake}", *arguments,
+        [sys.executable, "-m", "pytest", f"--nixvm-flake={flake}", *arguments_of(flake),
          "--nixvm-memory=1024", "--nixvm-fidelity"],
         cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
