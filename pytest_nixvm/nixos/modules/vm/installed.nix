@@ -1,0 +1,87 @@
+# The system as it is on a disk: its consoles, and what a machine that has no
+# hardware-configuration.nix would be missing.
+{
+  lib,
+  config,
+  options,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkIf optionalAttrs;
+  cfg = config.vm;
+  underQemu = options.virtualisation ? memorySize;
+  # The VM and the images say themselves where their disk is. What is left is the system that is
+  # deployed: it comes onto a disk that one of these images was.
+  installed = !(options.virtualisation ? diskSize) && !(options ? isoImage);
+
+  # Weaker than any other module's mkDefault, for whoever says something of disks knows better.
+  suggest = lib.mkOverride 1200;
+
+  serial = "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8";
+  screen = "console=tty0";
+
+  grub = {
+    qemu.devices = suggest [ "/dev/vda" ];
+    virtualbox.devices = suggest [ "/dev/sda" ];
+    # nixpkgs' VMware image boots with EFI only.
+    vmware = {
+      devices = suggest [ "nodev" ];
+      efiSupport = suggest true;
+      efiInstallAsRemovable = suggest true;
+    };
+  };
+in
+{
+  config = mkIf cfg.enable (
+    lib.mkMerge [
+      {
+        # The last one is the first console: where one logs in and sees the boot.
+        boot.kernelParams =
+          if cfg.headless then
+            [
+              screen
+              serial
+            ]
+          else
+            [
+              serial
+              screen
+            ];
+      }
+      # As profiles/qemu-guest.nix, which the VM itself has.
+      (optionalAttrs (!underQemu) {
+        boot.initrd = mkIf (cfg.backend == "qemu") {
+          availableKernelModules = [
+            "virtio_net"
+            "virtio_pci"
+            "virtio_mmio"
+            "virtio_blk"
+            "virtio_scsi"
+            "9p"
+            "9pnet_virtio"
+          ];
+          kernelModules = [
+            "virtio_balloon"
+            "virtio_console"
+            "virtio_rng"
+            "virtio_gpu"
+          ];
+        };
+      })
+      (optionalAttrs installed {
+        boot.growPartition = suggest true;
+        boot.loader.grub = grub.${cfg.backend};
+        fileSystems."/" = suggest {
+          device = "/dev/disk/by-label/nixos";
+          fsType = "ext4";
+          autoResize = true;
+        };
+        fileSystems."/boot" = mkIf (cfg.backend == "vmware") (suggest {
+          device = "/dev/disk/by-label/ESP";
+          fsType = "vfat";
+        });
+      })
+    ]
+  );
+}
