@@ -15,18 +15,12 @@ import pytest
 
 from pytest_nixvm import Fleet, Machine
 
-HOME_MANAGER = Path(__file__).parent.parent / "standin" / "home-manager"
 PROFILE = "/nix/var/nix/profiles/system"
 
 
 @pytest.fixture(scope="module")
-def fleet(fleet_of: Callable[..., Fleet], arguments: list[str]) -> Fleet:
-    flags = zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True)
-    given = {name: url for flag, name, url in flags if flag == "--nixvm-override-input"}
-    # Where nixpkgs is a real one, so is what the flake names.
-    if given.get("nixpkgs", "").startswith("path:"):
-        given.setdefault("home-manager", f"path:{HOME_MANAGER}")
-    return fleet_of("standin_nix", override_input=tuple(given.items()))
+def fleet(fleet_of: Callable[..., Fleet]) -> Fleet:
+    return fleet_of("standin_nix")
 
 
 @pytest.fixture(scope="module")

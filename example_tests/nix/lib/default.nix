@@ -1,23 +1,45 @@
-{ nixpkgs }:
+# How this household makes its machines: pytest-nixvm's library, with our inputs and our people.
+inputs:
 let
+  inherit (inputs) home-manager nixpkgs pytest-nixvm;
   users = import ./users.nix;
+
+  # Whatever is made has these; `inputs` is an argument of every module.
+  common = {
+    inherit nixpkgs home-manager;
+    specialArgs = { inherit inputs; };
+  };
 in
 {
-  # A NixOS system from machines/vms/NAME/configuration.nix.
-  # `user` is who uses it (see users.nix), `modules` are added to its own.
-  mkVmSystem =
-    {
-      name,
-      system ? "x86_64-linux",
-      user ? users.vmUser,
-      modules ? [ ],
-    }:
-    nixpkgs.lib.nixosSystem {
-      specialArgs.userConfig = user;
-      modules = [
-        { nixpkgs.hostPlatform = system; }
-        (../machines/vms + "/${name}/configuration.nix")
-      ]
-      ++ modules;
-    };
+  inherit users;
+  inherit (pytest-nixvm.lib)
+    apps
+    checks
+    image
+    images
+    machines
+    ;
+
+  # A system from DIRECTORY/configuration.nix, and home.nix if it is there. `machine` is
+  # { name, directory }, and whatever else is to differ: user, users, system, modules.
+  mkSystem =
+    machine:
+    pytest-nixvm.lib.mkSystem (
+      common
+      // {
+        user = users.owner;
+        users = users.household;
+      }
+      // machine
+    );
+
+  # The same for a virtual machine, with the options vm.*.
+  mkVmSystem = machine: pytest-nixvm.lib.mkVmSystem (common // { user = users.vmUser; } // machine);
+
+  mkDarwinSystem =
+    { name, directory }:
+    throw ''
+      ${name}: Macs are made by nix-darwin. Add it to the inputs of flake.nix, and call
+      inputs.nix-darwin.lib.darwinSystem { modules = [ ${toString directory}/configuration.nix ]; } in lib/default.nix.
+    '';
 }
