@@ -150,19 +150,22 @@ def holder(disk: Path) -> Running | None:
     return next((each for each in every() if each.disk == disk), None)
 
 
-def find(name: str, flake: str | None) -> Running:
+def find(name: str, flake: str | None, *, strict: bool = False) -> Running:
     """Return the VM of that name; where several flakes have one that runs, that of `flake`.
 
-    Raises `SettingsError` if there is none, or if it can't be told which is meant.
+    With `strict` it has to be that flake's. Raises `SettingsError` if there is none, or if it can't
+    be told which is meant.
     """
     running = every()
     named = [each for each in running if each.name == name]
     ours = [each for each in named if each.flake == flake]
-    if len(ours) == 1 or (not ours and len(named) == 1):
+    if len(ours) == 1 or (not ours and len(named) == 1 and not strict):
         return (ours or named)[0]
-    if named:
-        flakes = ", ".join(sorted({each.flake for each in named}))
+    flakes = ", ".join(sorted({each.flake for each in named}))
+    if len(named) > 1 and not strict:
         raise SettingsError(f"{name} runs more than once ({flakes}): say which with --flake.")
+    if named:
+        raise SettingsError(f"{name} of {flake} does not run, but that of {flakes} does.")
     names = ", ".join(sorted({each.name for each in running}))
     raise SettingsError(
         f"{name} does not run: start it with `nixvm run {name}`. Running: {names or 'nothing'}."

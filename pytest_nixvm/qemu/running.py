@@ -22,6 +22,7 @@ _SHUTDOWN_REASONS = {
     "guest-panic": "the guest's kernel panicked",
     "host-qmp-quit": "QMP's quit was called",
     "host-signal": "a signal ended it",
+    "host-ui": "its window was closed",
     "host-error": "an error on the host ended it",
     "subsystem-reset": "a subsystem was reset",
 }

@@ -1,0 +1,165 @@
+"""`nixvm run`: a VM to use, in the foreground, with a disk that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+import click
+
+from pytest_nixvm import wishes
+from pytest_nixvm.cli.common import Context, with_flake
+from pytest_nixvm.cli.completion import complete_machines
+from pytest_nixvm.disks import KeptDisk
+from pytest_nixvm.flake.build import Override
+from pytest_nixvm.use import Use, Wishes
+
+_BOOT_TIMEOUT = 900  # seconds; a person who has waited enough presses Ctrl-C
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@click.command(epilog="It is used with `nixvm ssh NAME` and `nixvm console NAME`.")
+@click.argument("name", metavar="NAME", shell_complete=complete_machines)
+@with_flake
+@click.option(
+    "--window/--headless",
+    default=None,
+    help="With or without a window (default: as virtualisation.graphics says).",
+)
+@click.option("--fresh", is_flag=True, help="Remove the disk of earlier runs and begin anew.")
+@click.option(
+    "-p",
+    "--port",
+    "ports",
+    metavar="HOST:GUEST",
+    multiple=True,
+    help="Forward a TCP port of 127.0.0.1 to one of the guest.",
+)
+@click.option(
+    "--share",
+    "directories",
+    metavar="DIR[:GUESTPATH][:ro]",
+    multiple=True,
+    help="Share a directory with the guest (default: at /mnt/NAME).",
+)
+@click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="Its memory.")
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Its processors.")
+def command(
+    context: Context,
+    name: str,
+    window: bool | None,
+    fresh: bool,
+    ports: Sequence[str],
+    directories: Sequence[str],
+    memory: int | None,
+    cores: int | None,
+) -> int:
+    """Start a VM to use: a window or none, a disk that is kept.
+
+    It runs until it is powered off, from inside or with Ctrl-C here; Ctrl-C again cuts its power.
+    Unlike a VM under test it reaches the network.
+    """
+    wanted = Wishes(
+        window=window,
+        fresh=fresh,
+        memory=memory,
+        cores=cores,
+        forwards=wishes.forwards(ports),
+        shares=wishes.shares(directories),
+    )
+    info = context.named(name)
+    flake = context.flake.reference.url
+    notes = _Notes()
+    with KeptDisk(info.name, f"{flake}#{info.attribute}") as disk:
+        build = context.catalogue.build(info.name)
+        use = Use(
+            build,
+            disk,
+            wanted,
+            flake=flake,
+            settings=context.with_changes(isolation="session", boot_timeout=_BOOT_TIMEOUT),
+            catalogue=context.catalogue,
+            say=notes.add,
+        )
+        with _signals() as ignore, use:
+            try:
+                use.start()
+                context.progress.close()
+                notes.show()
+                _tell(use, wanted, build.overrides)
+                return _wait(use)
+            finally:
+                ignore()
+
+
+class _Notes:
+    """What a person is told besides: shown behind the progress of the start, later at once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[str] | None = []
+
+    def add(self, text: str) -> None:
+        if self._waiting is None:
+            click.echo(text, err=True)
+        else:
+            self._waiting.append(text)
+
+    def show(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        for text in waiting or ():
+            click.echo(text, err=True)
+
+
+def _wait(use: Use) -> int:
+    """Wait for the VM's end, from inside or by a signal; return the exit status."""
+    try:
+        click.echo(f"{use.name} has ended: {use.wait()}.", err=True)
+    except KeyboardInterrupt:
+        click.echo(f"\n{use.name} powers down. Ctrl-C again cuts its power.", err=True)
+        try:
+            use.power_down()
+        except KeyboardInterrupt:
+            click.echo(f"\n{use.name}'s power is cut.", err=True)
+            raise
+        click.echo(f"{use.name} is off.", err=True)
+    return 0
+
+
+def _tell(use: Use, wanted: Wishes, overrides: Sequence[Override]) -> None:
+    lines = [f"{use.name} runs{'' if use.window else ', without a window'}."]
+    lines += [f"    its disk is kept: {use.disk.path}"] if use.disk is not None else []
+    lines += [f"    differs from its configuration: {o.option} = {o.value}" for o in overrides]
+    for forward in wanted.forwards:
+        lines.append(f"    127.0.0.1:{forward.host} is its port {forward.guest}")
+    for share in wanted.shares:
+        how = ", read-only" if share.readonly else ""
+        lines.append(f"    {share.source} is its {share.target}{how}")
+    lines += [
+        f"    log in:         nixvm ssh {use.name}",
+        f"    serial console: nixvm console {use.name}",
+        "Ctrl-C powers it down.",
+    ]
+    click.echo("\n".join(lines))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], None]]:
+    """Take the signals that end us for Ctrl-C. What is given stops that: the end is under way."""
+    before = {number: signal.getsignal(number) for number in _ENDING}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    def ignore() -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+
+    try:
+        for number in _ENDING:
+            signal.signal(number, interrupt)
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
