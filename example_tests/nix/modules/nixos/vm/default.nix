@@ -11,5 +11,7 @@
   config = lib.mkIf config.vm.enable {
     # Small: whoever reads the manual has it elsewhere.
     documentation.enable = lib.mkDefault false;
+    # Whose account no password opens could not use sudo.
+    security.sudo.wheelNeedsPassword = lib.mkDefault false;
   };
 }
