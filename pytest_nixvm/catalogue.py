@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ from pytest_nixvm.errors import (
     SettingsError,
     UserError,
 )
+from pytest_nixvm.flake import images
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.flake import Flake
@@ -124,22 +124,48 @@ class Catalogue:
     def selected(self) -> tuple[MachineInfo, ...]:
         """The machines that --nixvm-machine selects, all if it is not given.
 
-        Raises `SettingsError` for a glob that matches nothing.
+        `dev-vm@qcow2` selects what boots from dev-vm's image. Raises `SettingsError` for a glob
+        that matches nothing, `FlakeError` for an image format that is none.
         """
-        selected = self.every_machine
-        globs = self.settings.machine
-        names = [machine.name for machine in selected]
+        every, globs = self.every_machine, self.settings.machine
+        if not globs:
+            return every
+        names = [machine.name for machine in every]
+        selected: dict[str, MachineInfo] = {}
         for glob in globs:
-            if not fnmatch.filter(names, glob):
+            found = images.matching(every, glob)
+            if not found:
                 raise SettingsError(
                     f"--nixvm-machine {glob!r} matches no machine of {self.settings.flake}. "
                     f"Its machines: {', '.join(names) or 'none'}."
                 )
+            selected |= {machine.name: machine for machine in found}
+        # In the flake's order; images of a machine as they were named.
+        order = {name: number for number, name in enumerate(names)}
         return tuple(
-            machine
-            for machine in selected
-            if not globs or any(fnmatch.fnmatchcase(machine.name, glob) for glob in globs)
+            sorted(
+                selected.values(),
+                key=lambda each: order.get(each.name, order.get(images.plain(each.name), 0)),
+            )
         )
+
+    def machine(self, name: str) -> MachineInfo | None:
+        """Return the machine of that name, which may be one that boots from an image.
+
+        None if there is none. Raises `FlakeError` for an image format that is none.
+        """
+        return images.find(self.every_machine, name)
+
+    def chosen(self, name: str) -> list[str]:
+        """Return what is meant where a test names `name`, or an image of it that was asked for.
+
+        `--nixvm-machine=dev-vm@qcow2` runs the tests of dev-vm on its image.
+        """
+        return [
+            each.name
+            for each in self.selected
+            if each.name == name or (each.image and images.plain(each.name) == name)
+        ] or [name]
 
     @cached_property
     def unchanged(self) -> tuple[str, ...]:
@@ -158,10 +184,10 @@ class Catalogue:
             raise EvaluationError(f"--nixvm-changed={reference}: {error}") from None
         same = []
         for machine in self.selected:
-            if machine.skip is None and machine.name in there:
+            if machine.skip is None and images.plain(machine.name) in there:
                 try:
                     system = self.flake.real_toplevel(machine.name)
-                    if system == base.real_toplevel(machine.name):
+                    if system == base.real_toplevel(images.plain(machine.name)):
                         same.append(machine.name)
                 except FlakeError:
                     continue  # its tests will say what is wrong

@@ -17,6 +17,7 @@ from pytest_nixvm.errors import (
     FlakeError,
     NothingToTestError,
 )
+from pytest_nixvm.flake import images
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.words import listed, near
@@ -50,6 +51,12 @@ class Deployments(Catalogue):
     ) -> VmBuild:
         if generations is None:
             return super()._build(name, freezable, boot_loader, None)
+        info = self.machine(name)
+        if info is not None and info.image is not None:
+            raise NothingToTestError(
+                f"{name} is an image: a change to another generation is tested on "
+                f"{images.plain(name)} itself."
+            )
         secrets = self.more_secrets(name)
         carries = []
         for candidate in generations.candidates:

@@ -61,17 +61,22 @@ class Selection(ABC):
         Mistakes are kept for `check`: raised from here they would end in a traceback.
         """
         names = marked_machines(metafunc.definition)
-        every: dict[str, MachineInfo] = {}
+        found: dict[str, MachineInfo | None] = {}
         if not self._problems:
             try:
-                every = {machine.name: machine for machine in self.fleet.every_machine}
                 # Those that are unchanged as well: `is_selected` leaves them out, and it is said.
-                names = names or [machine.name for machine in self.fleet.selected]
+                names = [
+                    each
+                    for name in names or [machine.name for machine in self.fleet.selected]
+                    for each in self.fleet.chosen(name)
+                ]
+                found = {name: self.fleet.machine(name) for name in names}
             except UserError as error:
                 self._problems.append(str(error))
         parameters = []
-        for name in names:
-            skip = every[name].skip if name in every else None
+        for name in dict.fromkeys(names):
+            info = found.get(name)
+            skip = info.skip if info is not None else None
             marks = [pytest.mark.skip(reason=f"{name}: {skip}")] if skip else []
             parameters.append(pytest.param(name, id=name, marks=marks))
         metafunc.parametrize(PARAMETER, parameters, indirect=True, scope="session")
@@ -86,7 +91,7 @@ class Selection(ABC):
         if not names or self._problems or not (self.settings.machine or self.settings.changed):
             return True
         try:
-            every = {machine.name for machine in self.fleet.every_machine}
+            every = {name for name in names if self.fleet.machine(name) is not None}
             selected = {machine.name for machine in self.fleet.selected}
             unchanged = self.fleet.unchanged
         except UserError as error:
@@ -124,7 +129,7 @@ class Selection(ABC):
             return
         every = [machine.name for machine in self.fleet.every_machine]
         for name in names:
-            if name not in every:
+            if self.fleet.machine(name) is None:
                 near = difflib.get_close_matches(name, every, 1)
                 meant = f" Did you mean {near[0]!r}?" if near else ""
                 where = item.nodeid.partition("[")[0]

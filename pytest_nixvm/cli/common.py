@@ -57,17 +57,16 @@ class Context:
         return self.catalogue.flake
 
     def named(self, name: str) -> MachineInfo:
-        """Return the machine of that name.
+        """Return the machine of that name, `dev-vm@qcow2` being one that boots from an image.
 
         Raises `FlakeError` if there is none, or if it can't run here.
         """
-        machines = self.catalogue.every_machine
-        for machine in machines:
-            if machine.name == name:
-                if machine.skip:
-                    raise FlakeError(f"{name} can't be used here: {machine.skip}.")
-                return machine
-        names = [machine.name for machine in machines]
+        machine = self.catalogue.machine(name)
+        if machine is not None:
+            if machine.skip:
+                raise FlakeError(f"{name} can't be used here: {machine.skip}.")
+            return machine
+        names = [machine.name for machine in self.catalogue.every_machine]
         raise FlakeError(
             f"{self.settings.flake} has no machine {name!r}{near(name, names)} "
             f"Its machines: {', '.join(names) or 'none'}."

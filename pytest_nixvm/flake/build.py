@@ -23,6 +23,7 @@ class MachineInfo:
     attribute: str  # nixosConfigurations.dev-vm
     system: str  # x86_64-linux; "" where the configuration does not say
     skip: str | None = None  # why it can't be tested here: another architecture, Darwin
+    image: str | None = None  # the format of the image that it boots from: qcow2, ova, …
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class VmBuild:
     carries: tuple[Path, ...] = ()  # toplevels that are in its store besides its own
     network_options: str = ""  # for QEMU's user network, where the machine's address is static
     secrets: tuple[Secret, ...] = ()  # what gets throwaway values when it boots
+    image: str | None = None  # the format of the image that it boots from
 
 
 # What nixpkgs' qemu-vm.nix replaces in every VM build, ours or `nixos-rebuild build-vm`, with

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError
-from pytest_nixvm.flake import explain
+from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError, NothingToTestError
+from pytest_nixvm.flake import explain, images
 from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
+from pytest_nixvm.flake.image_builds import ImageBuilds
 from pytest_nixvm.flake.naming import candidates, no_such_attribute
 from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
 from pytest_nixvm.flake.slirp import network_options
 from pytest_nixvm.flake.variant import Variant, let_go, secrets_of
-from pytest_nixvm.flake.words import listed, near, nix_list, nix_value
+from pytest_nixvm.flake.words import listed, near, nix_list, nix_string, nix_value
 from pytest_nixvm.progress import Progress, Silent
 
 __all__ = ["Flake", "MachineInfo", "VmBuild"]
 
 
-class Flake:
+class Flake(ImageBuilds):
     """One flake, evaluated and built on demand.
 
     nix = Nix.find()
@@ -114,6 +114,10 @@ class Flake:
             NotAVirtualMachineError: what was built is no VM.
         """
         info = self._info(name)
+        if info.image is not None:
+            if carries:
+                raise _unchanging(info)
+            return self._image_vm(info, freezable, secrets)
         variant = Variant(
             freezable, boot_loader, _toplevels(carries), tuple(secrets), switching=bool(carries)
         )
@@ -136,6 +140,8 @@ class Flake:
         Raises as `build` does.
         """
         info = self._info(name)
+        if info.image is not None:
+            raise _unchanging(info)
         variant = Variant(freezable, boot_loader, (), tuple(secrets), switching)
         plan, _, _ = self._made(info, variant, "toplevel")
         if plan["toplevel"] is not None:
@@ -170,7 +176,11 @@ class Flake:
         Raises:
             FlakeError, EvaluationError: as `build` does.
         """
-        return Declared.from_json(self._ask(self._info(name), "declared"))
+        info = self._info(name)
+        if info.image is None:
+            return Declared.from_json(self._ask(info, "declared"))
+        what = f"declaredImage {nix_string(images.variant_of(info.image))}"
+        return Declared.from_json(self._ask(info, what))
 
     def options(self, name: str) -> dict[str, str]:
         """Return the options that the flake's own modules define, with their values as text.
@@ -205,7 +215,10 @@ class Flake:
         return tuple(found)
 
     def _named(self, attribute: str) -> MachineInfo:
+        base, text = images.split(attribute)
         paths = candidates(attribute, self.nix.system)
+        if text is not None:  # unless a machine is really called so
+            paths += candidates(base, self.nix.system)
         answer, _ = self._evaluator.ask(
             f"describe {attribute}",
             f"this.describe [ {' '.join(map(nix_list, paths))} ]",
@@ -213,16 +226,18 @@ class Flake:
             attribute=attribute,
         )
         if not answer["found"]:
-            raise FlakeError(no_such_attribute(self._evaluator.what, attribute, answer["siblings"]))
+            raise FlakeError(no_such_attribute(self._evaluator.what, base, answer["siblings"]))
         path: list[str] = answer["path"]
-        text = attribute_text(path)
+        last = attribute_path(attribute.removeprefix("."))[-1]
+        shown = attribute_text(path)
         if answer["kind"] == "other":
             raise NotAVirtualMachineError(
-                f"{text} of {self._evaluator.what} is neither a NixOS configuration nor a "
+                f"{shown} of {self._evaluator.what} is neither a NixOS configuration nor a "
                 "derivation."
             )
         name = path[1] if path[0] == "nixosConfigurations" and len(path) > 1 else path[-1]
-        return MachineInfo(name, text, *self._runs(answer["system"]))
+        info = MachineInfo(name, shown, *self._runs(answer["system"]))
+        return images.machine_of(info, text) if text is not None and path[-1] != last else info
 
     def _runs(self, system: str | None) -> tuple[str, str | None]:
         """Return the system, and why it can't run here, if so."""
@@ -233,13 +248,13 @@ class Flake:
 
     def _info(self, name: str) -> MachineInfo:
         every = self.machines()
-        for info in every:
-            if info.name == name:
-                if info.skip is not None:
-                    what = f"{name} of {self._evaluator.what}"
-                    raise FlakeError(f"{what} can't be tested here: {info.skip}.")
-                return info
-        names = [info.name for info in every]
+        info = images.find(every, name)
+        if info is not None:
+            if info.skip is not None:
+                what = f"{name} of {self._evaluator.what}"
+                raise FlakeError(f"{what} can't be tested here: {info.skip}.")
+            return info
+        names = [each.name for each in every]
         raise FlakeError(
             f"{self._evaluator.what} has no machine {name}{near(name, names)} "
             f"It has: {listed(names)}."
@@ -295,19 +310,7 @@ class Flake:
             attribute=info.attribute,
         )
         what = f"{info.attribute} of {self._evaluator.what}"
-        if plan.get("noVm"):
-            raise NotAVirtualMachineError(
-                f"{what} can't be built as a VM: it has no config.system.build.vm."
-            )
-        if "derivation" not in plan:
-            raise NotAVirtualMachineError(
-                f"{what} is neither a NixOS configuration nor a derivation."
-            )
-        program = plan.get("mainProgram")
-        if program is not None and not re.fullmatch(r"run-.*-vm", program):
-            raise NotAVirtualMachineError(
-                f"{what} is no VM: its program is bin/{program}, a VM's is bin/run-NAME-vm."
-            )
+        variant.check(plan, what)
         return plan, seconds
 
     def _realise(
@@ -373,6 +376,13 @@ class Flake:
             network_options=network_options(plan["network"]),
             secrets=secrets_of(plan["secrets"]),
         )
+
+
+def _unchanging(info: MachineInfo) -> NothingToTestError:
+    return NothingToTestError(
+        f"{info.name} is an image: a change to another generation is tested on "
+        f"{images.plain(info.name)} itself."
+    )
 
 
 def _toplevels(carries: Sequence[Path]) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,13 +22,14 @@ class Cache:
     """A directory that outlives the session, private to the user.
 
     `evaluations` are records of what was evaluated, `roots` keep results from being collected,
-    `locks` let one session do what several want.
+    `locks` let one session do what several want. `script` keeps a program.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self.evaluations = self.directory / "evaluations"
         self.roots = self.directory / "roots"
+        self._scripts = self.directory / "scripts"
         self._locks = self.directory / "locks"
 
     def prepare(self) -> None:
@@ -43,6 +45,28 @@ class Cache:
                     pass
             except OSError as error:
                 raise self.unusable(error) from error
+
+    def script(self, name: str, text: str) -> Path:
+        """Return a program with this text, at a place that no other text has: .../bin/NAME.
+
+        Raises:
+            SettingsError: it can't be written.
+        """
+        digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+        path = self._scripts / digest / "bin" / name
+        try:
+            if path.exists():
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, errors="surrogateescape",
+                                             encoding="utf-8", delete=False) as file:  # fmt: skip
+                file.write(text)
+            made = Path(file.name)
+            made.chmod(0o700)
+            made.replace(path)
+        except OSError as error:
+            raise self.unusable(error) from error
+        return path
 
     def unusable(self, error: OSError) -> SettingsError:
         """Return the error for a cache that can't be written."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from pytest_nixvm.errors import NotAVirtualMachineError
 from pytest_nixvm.flake.build import Secret
 from pytest_nixvm.flake.places import Cache
 from pytest_nixvm.flake.words import nix_list, nix_string, nix_value
@@ -53,7 +54,7 @@ class Variant:
 
     def expression(self, attribute: Sequence[str]) -> str:
         """Return the question as modules/target.nix takes it."""
-        secrets = nix_string(json.dumps([_secret(secret) for secret in self.secrets]))
+        secrets = nix_string(as_json(self.secrets))
         return (
             f"this.plan {{ freezable = {nix_value(self.freezable)}; "
             f"bootLoader = {nix_value(self.boot_loader)}; "
@@ -61,6 +62,22 @@ class Variant:
             f"switching = {nix_value(self.switching)}; "
             f"secrets = builtins.fromJSON {secrets}; }} {nix_list(attribute)}"
         )
+
+    def check(self, plan: Mapping[str, Any], what: str) -> None:
+        """Raise `NotAVirtualMachineError` where `what` can't be built so."""
+        if plan.get("noVm"):
+            raise NotAVirtualMachineError(
+                f"{what} can't be built as a VM: it has no config.system.build.vm."
+            )
+        if "derivation" not in plan:
+            raise NotAVirtualMachineError(
+                f"{what} is neither a NixOS configuration nor a derivation."
+            )
+        program = plan.get("mainProgram")
+        if program is not None and not re.fullmatch(r"run-.*-vm", program):
+            raise NotAVirtualMachineError(
+                f"{what} is no VM: its program is bin/{program}, a VM's is bin/run-NAME-vm."
+            )
 
     def root(
         self,
@@ -101,6 +118,11 @@ def let_go(root: Path) -> None:
     for _, path in sorted(found, reverse=True)[_KEEP:]:
         if path != root:
             path.unlink(missing_ok=True)
+
+
+def as_json(secrets: Sequence[Secret]) -> str:
+    """Return secrets as modules/secrets.nix takes them."""
+    return json.dumps([_secret(secret) for secret in secrets])
 
 
 def secrets_of(found: Sequence[Mapping[str, Any]]) -> tuple[Secret, ...]:

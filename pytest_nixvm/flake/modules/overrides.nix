@@ -5,7 +5,7 @@
 # `only`, if given, says of the user's configuration whether the entry applies. `keep` are options
 # whose defaults follow from this one: they stay as the user has them.
 let
-  inherit (builtins) any attrValues elem;
+  inherit (builtins) any attrValues elem match;
 
   # Whatever nixpkgs' version calls that share, and whichever option has made it.
   storeIsShared = config:
@@ -64,6 +64,17 @@ in
   bootLoader = [
     {
       option = [ "boot" "kernelParams" ];
+      value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
+      merge = true;
+      reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";
+    }
+  ];
+
+  # In an image, whose boot loader hears nothing of QEMU's options either.
+  image = [
+    {
+      option = [ "boot" "kernelParams" ];
+      only = config: !(any (text: match "console=tty(S|AMA)0.*" text != null) (config.boot.kernelParams or [ ]));
       value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
       merge = true;
       reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";

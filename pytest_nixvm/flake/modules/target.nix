@@ -119,6 +119,24 @@ let
   # be in the store already; nix looks.
   storePath = path: builtins.appendContext path { ${path} = { path = true; }; };
 
+  # Those of the entries (see overrides.nix) `wanted` that change something in `config`, and the modules that do it, where
+  # `place` puts them.
+  adapt = { config, options, wanted, place }:
+    let
+      # What merges adds to a value: that there is something to add, its own file has found out.
+      differs = o:
+        if o.merge or false then declares o.option options
+        else has o.option config && get o.option config != o.value;
+      needed = filter (o: differs o && (o.only or (_: true)) config) wanted;
+      changes = map
+        (o: place (nest o.option (if o.merge or false then o.value else force o.value)))
+        needed;
+      kept = map (option: place (nest option (force (get option config))))
+        (filter (option: has option config) (concatMap (o: o.keep or [ ]) needed));
+    in
+    { inherit needed; modules = changes ++ kept; };
+  shown = o: { inherit (o) option reason; } // (if o ? shown then { inherit (o) shown; } else { inherit (o) value; });
+
   # The configuration is extended only if something has to differ, so the usual machine is, bit
   # for bit, what `nix build .#nixosConfigurations.NAME.config.system.build.vm` builds.
   virtualMachine = { freezable, bootLoader, carries, secrets, switching }: given:
@@ -134,22 +152,17 @@ let
             else if switching then overrides.direct else [ ])
         ++ interface.overrides config
         ++ secret.overrides config secrets;
-      # What merges adds to a value: that there is something to add, its own file has found out.
-      differs = o:
-        if o.merge or false then declares o.option given.options
-        else has o.option config && get o.option config != o.value;
-      needed =
-        if !changeable then [ ] else filter (o: differs o && (o.only or (_: true)) config) wanted;
-      changes = map
-        (o: shape.module (nest o.option (if o.merge or false then o.value else force o.value)))
-        needed;
-      kept = map (option: shape.module (nest option (force (get option config))))
-        (filter (option: has option config) (concatMap (o: o.keep or [ ]) needed));
+      adapted = adapt {
+        inherit config;
+        inherit (given) options;
+        wanted = if changeable then wanted else [ ];
+        place = shape.module;
+      };
       # What else is in its store changes nothing in the system: that is no override.
       carried = if has [ "virtualisation" "additionalPaths" ] config then carries else [ ];
       more = if carried == [ ] then [ ]
         else [ (shape.module { virtualisation.additionalPaths = map storePath carried; }) ];
-      extended = extend nixos (changes ++ kept ++ more);
+      extended = extend nixos (adapted.modules ++ more);
       built = if changeable then shape.configOf extended else extended.config;
       build = built.system.build or { };
       # The user's own path to it, where nothing differs: system.build.vm is a mkDefault.
@@ -159,8 +172,7 @@ let
         else extended.config.system.build.vm or null;
     in
     {
-      overrides = map (o: { inherit (o) option reason; } // (if o ? shown then { inherit (o) shown; } else { inherit (o) value; }))
-        (loader.entries ++ needed);
+      overrides = map shown (loader.entries ++ adapted.needed);
       freezable = freezable && changeable;
       bootLoader = built.virtualisation.useBootLoader or false;
       carries = if changeable then carried else [ ];
@@ -172,6 +184,64 @@ let
     } // (if isDerivation vm then derivation vm else { noVm = true; });
 
   extend = nixos: modules: if modules == [ ] then nixos else nixos.extendModules { inherit modules; };
+
+  declaredOf = variant: path:
+    let
+      nixos = get path target;
+      shape = shapeOf false nixos;
+    in
+    if kindOf nixos != "nixos" then { } # a bare derivation, about which nothing is known
+    else import ./declared.nix {
+      real = nixos.config;
+      vm =
+        if variant != null then imageConfig variant nixos
+        else if shape == null then nixos.config
+        else shape.configOf nixos;
+    };
+
+  # Images, by nixpkgs' names for them (its module image/images.nix). Each is of a configuration of its own, which comes
+  # with it.
+  imagesOf = nixos: nixos.config.system.build.images or { };
+  imageConfig = variant: nixos: (imagesOf nixos).${variant}.passthru.config or nixos.config;
+
+  # An image as its owner builds it; `adapted`, it has what lets the tests in. `qemu` and `hardware` are those of the
+  # machine's VM.
+  imageOf = { variant, adapted, secrets }: given:
+    let
+      config = imageConfig variant given;
+      found = adapt {
+        inherit config;
+        inherit (given) options;
+        wanted = if !adapted || !(given ? extendModules) then [ ]
+          else overrides.always ++ overrides.image ++ interface.overrides config ++ secret.overrides config secrets;
+        place = content: content;
+      };
+      nixos = extend given found.modules;
+      image = (imagesOf nixos).${variant};
+      built = imageConfig variant nixos;
+      shape = shapeOf false given;
+      vm = if shape == null then { } else (shape.configOf given).virtualisation or { };
+      qemu = vm.qemu.package or null;
+    in
+    derivation image // {
+      overrides = map shown found.needed;
+      filePath = image.passthru.filePath or (built.image.filePath or null);
+      toplevel = unsafeDiscardStringContext built.system.build.toplevel.outPath;
+      # Only disk-image.nix has an option for it.
+      efi = built.image.efiSupport or (variant == "vmware");
+      network = interface.find config;
+      secrets = if adapted then secret.find config secrets else [ ];
+    } // (if !adapted then { } else {
+      qemu = if isDerivation qemu then derivation qemu else null;
+      hardware = {
+        name = given.config.system.name or "nixos";
+        memory = vm.memorySize or null;
+        cores = vm.cores or null;
+        diskSize = vm.diskSize or null;
+        graphics = vm.graphics or true;
+        qemu = if qemu == null then null else unsafeDiscardStringContext (toString qemu);
+      };
+    });
 in
 {
   # Where the flake's files are in the store: to translate the paths in Nix's messages.
@@ -230,22 +300,25 @@ in
           else if kind == "nixos" then virtualMachine how value
           else { });
 
+  # The formats that there are images in.
+  images = path:
+    let value = get path target; in
+    { images = if kindOf value == "nixos" then attrNames (imagesOf value) else null; };
+
+  image = how: path:
+    let value = get path target; images = if kindOf value == "nixos" then imagesOf value else null; in
+    if images == null || !(images ? ${how.variant})
+    then { noImage = true; images = if images == null then null else attrNames images; }
+    else imageOf how value;
+
   # The system that the real machine runs, as it is: none of ours in it. Nothing is built.
   toplevelOf = path:
     let toplevel = (get path target).config.system.build.toplevel or null; in
     { output = if toplevel == null then null else unsafeDiscardStringContext toplevel.outPath; };
 
-  # What the configuration says of the machine, its VM's and the real one's.
-  declared = path:
-    let
-      nixos = get path target;
-      shape = shapeOf false nixos;
-    in
-    if kindOf nixos != "nixos" then { } # a bare derivation, about which nothing is known
-    else import ./declared.nix {
-      real = nixos.config;
-      vm = if shape == null then nixos.config else shape.configOf nixos;
-    };
+  # What the configuration says of the machine, its VM's (or an image's) and the real one's.
+  declared = declaredOf null;
+  declaredImage = declaredOf;
 
   # What the flake's own modules define.
   options = path: import ./options.nix {
