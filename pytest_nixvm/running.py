@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ def directory() -> Path:
     Raises `SettingsError` if that is not ours alone: where there is no XDG_RUNTIME_DIR it is in a
     directory that everybody may write to.
     """
-    path = platformdirs.user_runtime_path("pytest-nixvm") / "running"
+    with warnings.catch_warnings():  # that there is no XDG_RUNTIME_DIR
+        warnings.simplefilter("ignore")
+        path = platformdirs.user_runtime_path("pytest-nixvm") / "running"
     for each in (path.parent, path):
         try:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_nixvm import running
 from pytest_nixvm.errors import SettingsError
 from pytest_nixvm.qemu.drives import escape
 from pytest_nixvm.qemu.network import LOOPBACK
@@ -74,7 +75,7 @@ class Share:
 
 
 def forwards(texts: Sequence[str]) -> tuple[Forward, ...]:
-    """Read the ports, and try whether they are free. Raises `SettingsError`."""
+    """Read the ports. Raises `SettingsError`."""
     found = tuple(dict.fromkeys(Forward.parse(text) for text in texts))
     for number, each in enumerate(found):
         if any(each.host == other.host for other in found[:number]):
@@ -82,13 +83,18 @@ def forwards(texts: Sequence[str]) -> tuple[Forward, ...]:
                 f"--port {each.host}:{each.guest}: port {each.host} of {LOOPBACK} is to be "
                 "forwarded twice."
             )
+    return found
+
+
+def check_free(wanted: Sequence[Forward]) -> None:
+    """Try whether the ports are free. Raises `SettingsError`."""
+    for each in wanted:
         why = _taken(each.host)
         if why:
             raise SettingsError(
                 f"--port {each.host}:{each.guest}: port {each.host} of {LOOPBACK} can't be had: "
                 f"{why}."
             )
-    return found
 
 
 def shares(texts: Sequence[str]) -> tuple[Share, ...]:
@@ -182,8 +188,15 @@ def _taken(port: int) -> str:
             probe.listen(1)  # two may be bound to it with that option, but not listen
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return "another process listens there"
+                return f"{_listener(port)} listens there"
             if error.errno == errno.EACCES:
                 return "ports this low are the system's; take one above 1023"
             return error.strerror or str(error)
     return ""
+
+
+def _listener(port: int) -> str:
+    for each in running.every():
+        if any(host == port for host, _ in each.forwards):
+            return f"{each.name}, run by process {each.pid},"
+    return "another process"

@@ -73,6 +73,7 @@ def command(
     flake = context.flake.reference.url
     notes = _Notes()
     with KeptDisk(info.name, f"{flake}#{info.attribute}") as disk:
+        wishes.check_free(wanted.forwards)
         build = context.catalogue.build(info.name)
         use = Use(
             build,
