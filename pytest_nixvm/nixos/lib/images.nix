@@ -21,13 +21,16 @@ rec {
     nixos: format:
     let
       known = variants nixos;
-      offered = builtins.filter (name: known ? ${formats.${name}}) (builtins.attrNames formats);
+      names = builtins.attrNames formats;
+      offered =
+        builtins.filter (name: known ? ${formats.${name}}) names
+        ++ builtins.filter (name: !formats ? ${name}) (builtins.attrNames known);
       name = nixos.config.networking.hostName or "this machine";
     in
     if known == { } then
       throw "There are no images of ${name}: its nixpkgs is older than 25.05, and has no `system.build.images`."
     else
       known.${variantOf format} or (throw "There is no image of ${name} in the format ${builtins.toJSON format}; there are: ${
-        builtins.concatStringsSep ", " (offered ++ builtins.attrNames known)
+        builtins.concatStringsSep ", " offered
       }.");
 }

@@ -171,4 +171,12 @@ in
       '';
     };
   };
+
+  # What is wrong is wrong for each system that is made of it, also where little of it is used.
+  config.assertions = lib.mkIf cfg.enable [
+    {
+      assertion = builtins.deepSeq cfg true;
+      message = "";
+    }
+  ];
 }
