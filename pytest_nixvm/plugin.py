@@ -32,7 +32,7 @@ from pytest_nixvm.options import OPTIONS
 from pytest_nixvm.report import terminal
 from pytest_nixvm.report.cases import shorten
 from pytest_nixvm.report.session import Session
-from pytest_nixvm.run import RUN, Run
+from pytest_nixvm.run import MACHINES, RUN, Run
 from pytest_nixvm.settings import Settings
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def pytest_runtest_makereport(
         run.failed(item, report)
     elif report.when == "call" and report.passed:
         run.passed(item)
+    setattr(report, MACHINES, run.machines_of(item))
     return report
 
 
@@ -220,6 +221,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """End every VM; a worker tells the controller what it booted."""
     run = session.config.stash[RUN]
     run.close()
+    run.finish(interrupted=session.exitstatus == pytest.ExitCode.INTERRUPTED)
     if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.nothing_changed:
         session.exitstatus = pytest.ExitCode.OK
     output = getattr(session.config, "workeroutput", None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pytest_nixvm.fleet import Fleet
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.snapshots import Snapshot
+    from pytest_nixvm.tested import Recorder
 
 # The rooms below are imported when a test needs them: a pytest run without VMs, in whose process
 # this plugin is as well, should not pay for SSH and QMP.
@@ -114,6 +115,30 @@ class Run(Selection):
 
         results = self.config.hook.pytest_nixvm_secrets(machine=name)
         return gathered(f"pytest_nixvm_secrets({name!r})", results, Secret)
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """What is known of the tests for `nixvm deploy`, which deploys what has passed them."""
+        from pytest_nixvm.tested import Recorder
+
+        flake = self.fleet.flake
+        return Recorder(str(flake.reference), partial(flake.real_toplevel, quiet=True))
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the machines' real systems evaluated meanwhile: it is them that tests vouch for."""
+        self.recorder.expect(names)
+
+    def record(self, report: pytest.TestReport) -> None:
+        """Take a report into the record of what was tested."""
+        for name in getattr(report, MACHINES, ()):
+            self.recorder.machine_used(report.nodeid, name)
+        if "recorder" in self.__dict__:
+            self.recorder.outcome(report.nodeid, report.when, report.outcome)
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Write the record of what was tested, once, where the reports have come in."""
+        if "recorder" in self.__dict__ and not self.is_worker:
+            self.account.notes += self.recorder.finish(interrupted=interrupted)
 
     def close(self) -> None:
         """End every VM."""
@@ -212,6 +237,11 @@ class Run(Selection):
         """Return what is known of a test that is under way."""
         return self.cases.setdefault(item.nodeid, Case(item.nodeid))
 
+    def machines_of(self, item: pytest.Item) -> list[str]:
+        """Return the names of the machines that a test has used so far."""
+        case = self.cases.get(item.nodeid)
+        return sorted({mark.machine.name for mark in case.marks}) if case is not None else []
+
     def used(self, item: pytest.Item, machine: Machine, *, fresh: bool) -> None:
         """Take note that a test uses a machine from now on."""
         case = self.case(item)
@@ -292,6 +322,8 @@ class Run(Selection):
 
 
 RUN = pytest.StashKey[Run]()
+MACHINES = "nixvm_machines"
+"""The name under which a report carries the machines that its test has used."""
 
 
 def fail(error: NixvmError) -> NoReturn:

@@ -53,6 +53,10 @@ class Selection(ABC):
         """Whether this process hands the tests to xdist's workers."""
         return self.config.pluginmanager.hasplugin("dsession")
 
+    @abstractmethod
+    def expect(self, names: Iterable[str]) -> None:
+        """Take note that these machines are about to be tested."""
+
     # --- which test runs on which machine --------------------------------------------------------
 
     def parametrize(self, metafunc: pytest.Metafunc) -> None:
@@ -200,7 +204,10 @@ class Selection(ABC):
         )
 
     def _prepare(self, needed: Iterable[tuple[str, MachineRequest | None]]) -> None:
+        needed = list(needed)
         try:
+            if needed:
+                self.expect(name for name, _ in needed)
             for name, request in needed:
                 if (name, request) not in self._prepared:
                     self._prepared.add((name, request))

@@ -153,9 +153,7 @@ def _running() -> frozenset[str]:
 def _last(context: Context) -> dict[str, Verdict]:
     """Return what the tests said of each machine's system that was tested last."""
     reference = context.flake.reference
-    ours = {context.settings.flake, reference.url, str(reference)}
-    if reference.local is not None:
-        ours.add(str(reference.local))
+    ours = {str(reference), str(reference.local or reference.url)}
     found: dict[str, Verdict] = {}
     for record in Tested().records():  # the last first
         if record.flake in ours and record.tests:

@@ -20,7 +20,7 @@ from pytest_nixvm.flake.places import Cache, Writer, log_file
 from pytest_nixvm.flake.reference import FlakeReference, locate
 from pytest_nixvm.flake.remember import MODULES, Memory
 from pytest_nixvm.flake.words import listed, near, nix_string
-from pytest_nixvm.progress import Progress
+from pytest_nixvm.progress import Progress, Silent
 
 _WRAPPER = f"path:{quote(str(MODULES))}"
 _NO_SUCH_INPUT = re.compile(r"--override-input target/(\S+) .*does not match any input")
@@ -101,9 +101,17 @@ class Evaluator:
         return self._memory
 
     def ask(
-        self, question: str, expression: str, *, title: str, attribute: str | None = None
+        self,
+        question: str,
+        expression: str,
+        *,
+        title: str,
+        attribute: str | None = None,
+        quiet: bool = False,
     ) -> tuple[dict[str, Any], float]:
         """Answer `question` (its name in the memory) by evaluating `expression`.
+
+        With `quiet` that is no step for the user to see.
 
         Raises:
             FlakeError, EvaluationError: see `explain`.
@@ -113,11 +121,12 @@ class Evaluator:
         if answer is not None:
             return answer, 0.0
         name = f"ask-{memory.name(question)}"
-        with self._cache.lock(name, self._progress, timeout=self._timeout):
+        progress = Silent() if quiet else self._progress
+        with self._cache.lock(name, progress, timeout=self._timeout):
             answer = memory.recall(question)
             if answer is not None:
                 return answer, 0.0
-            step = self._progress.step(f"Evaluating {title}")
+            step = progress.step(f"Evaluating {title}")
             began = time.monotonic()
             try:
                 answer = self._ask_nix(memory, question, expression, attribute, step.update)

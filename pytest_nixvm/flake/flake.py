@@ -154,15 +154,17 @@ class Flake(ImageBuilds):
             )
         return toplevel
 
-    def real_toplevel(self, name: str) -> str:
+    def real_toplevel(self, name: str, *, quiet: bool = False) -> str:
         """Return the path of the system that the real machine runs, without building it.
+
+        With `quiet` it is no step for the user to see: for a thread that asks beside the tests.
 
         Raises:
             FlakeError, EvaluationError: as `build` does.
             NotAVirtualMachineError: it is no NixOS configuration.
         """
         info = self._info(name)
-        output = self._ask(info, "toplevelOf")["output"]
+        output = self._ask(info, "toplevelOf", quiet=quiet)["output"]
         if output is None:
             raise NotAVirtualMachineError(
                 f"{info.attribute} of {self._evaluator.what} is no NixOS configuration: it has no "
@@ -291,12 +293,13 @@ class Flake(ImageBuilds):
                 let_go(root)
         return plan, evaluated, built
 
-    def _ask(self, info: MachineInfo, what: str) -> dict[str, Any]:
+    def _ask(self, info: MachineInfo, what: str, *, quiet: bool = False) -> dict[str, Any]:
         answer, _ = self._evaluator.ask(
             f"{what} {info.attribute}",
             f"this.{what} {nix_list(attribute_path(info.attribute))}",
             title=f"{info.name}{self._label}",
             attribute=info.attribute,
+            quiet=quiet,
         )
         return answer
 

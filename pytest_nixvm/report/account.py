@@ -24,6 +24,7 @@ class Account:
     alike: dict[str, None] = field(default_factory=dict)  # clones with the same random numbers
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: list[list[str]] = field(default_factory=list)  # how to get into each VM that is left
+    notes: list[str] = field(default_factory=list)  # what else the user should know
 
     def add(self, machine: Machine) -> None:
         """Take in a VM that is about to end."""
@@ -69,3 +70,4 @@ class Account:
         self.alike |= told["alike"]
         self.overrides |= told["overrides"]
         self.kept += told["kept"]
+        self.notes += told["notes"]

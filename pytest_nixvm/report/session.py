@@ -23,6 +23,7 @@ class Session:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a test's time, and why it failed."""
+        self._run.record(report)
         if report.when == "call" and report.passed:
             self._passed.add(report.nodeid)
         if report.when == "call" or (report.failed and report.duration > 0):

@@ -103,6 +103,8 @@ def summary(reporter: pytest.TerminalReporter, run: Run) -> None:
     for name, overrides in account.overrides.items():
         for override in overrides:
             reporter.line(f"{name} was not as configured: {override}", yellow=True)
+    for note in account.notes:
+        reporter.line(note, yellow=True)
     for lines in account.kept:
         for line in lines:
             reporter.line(line, bold=not line.startswith(" "))
