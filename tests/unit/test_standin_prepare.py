@@ -70,6 +70,7 @@ def test_missing_programs_are_named_in_one_line_without_root(
     monkeypatch.setattr(
         prepare, "PROGRAMS", {"no-such-program-x": "package-x", "no-such-program-a": "package-a"}
     )
+    monkeypatch.setattr(prepare, "FILES", {})
 
     assert prepare.main([]) == 1
 
