@@ -101,12 +101,12 @@ def test_same_name_in_two_flakes_is_told_apart(other):
         running.find("dev-vm", "git+file:///b", strict=True)
     running.write(entry(flake="git+file:///b", pid=other.pid, began=running.began(other.pid)))
     assert running.find("dev-vm", "git+file:///b").flake == "git+file:///b"
-    with pytest.raises(SettingsError, match="more than once .* say which with --flake"):
+    with pytest.raises(SettingsError, match=r"more than once .* say which with --flake"):
         running.find("dev-vm", None)
 
 
 def test_what_does_not_run_is_said_with_what_does():
-    with pytest.raises(SettingsError, match="`nixvm run web`. Running: nothing"):
+    with pytest.raises(SettingsError, match=r"`nixvm run web`\. Running: nothing"):
         running.find("web", None)
     running.write(entry())
     with pytest.raises(SettingsError, match="Running: dev-vm"):
@@ -177,7 +177,7 @@ def test_disk_over_an_image_that_is_gone_is_said(tmp_path):
         header = b"QFI\xfb" + struct.pack(">IQI", 3, 104, len(name))
         disk.path.write_bytes(header.ljust(104, b"\0") + name)
         assert backing_file(disk.path) == Path(name.decode())
-    with pytest.raises(SettingsError, match="no longer in the store. --fresh begins"):
+    with pytest.raises(SettingsError, match=r"no longer in the store\. --fresh begins"):
         KeptDisk("dev-vm", "a").__enter__()
 
 
