@@ -101,6 +101,7 @@ class Use:
         self._ready = threading.Event()  # booted, and nothing more is to be done in it
         self._stirred = threading.Event()  # something has happened that `wait` looks at
         self._rebooted = False
+        self._boots = 1
         self._panicked = False
         self._ended = False
         self._let_in: dict[str, SshAccess] = {}
@@ -194,10 +195,15 @@ class Use:
 
     def log_in(self, user: str | None) -> Sequence[str]:
         """Let somebody in, when it has booted, and return the ssh command for it."""
-        machine = self._booted()
-        ssh = machine.ssh_as(user)
-        self._let_in[ssh.access.keys_file] = ssh.access
-        return shlex.split(ssh.command_line)
+        while True:
+            machine, boots = self._booted(), self._boots
+            try:
+                ssh = machine.ssh_as(user)
+                self._let_in[ssh.access.keys_file] = ssh.access
+                return shlex.split(ssh.command_line)
+            except NixvmError:
+                if self._boots == boots or self._ended:
+                    raise  # else it was asked while it shut down for a reboot
 
     def serial_console(self) -> Console:
         """Return the serial console, during the boot as well."""
@@ -294,6 +300,8 @@ class Use:
             self._panicked = True
         elif event.name == "RESET":
             self._rebooted = True
+            self._boots += 1
+            self._ready.clear()  # until `_again` has been there
         else:
             return
         self._stirred.set()
