@@ -45,11 +45,11 @@ def fidelity(build: VmBuild, declared: Declared | None) -> tuple[NotTested, ...]
     """
     found: list[NotTested] = []
     if declared is not None:
-        found += _disks(declared.real)
+        found += _disks(declared.real) if build.image is None else _image(build, declared.real)
         found += _boot(build, declared.real)
         found += _network(build, declared)
         found += _secrets(build, declared)
-        found += _hardware(declared.real)
+        found += _hardware(build, declared.real)
     return (*found, *_overrides(build.overrides))
 
 
@@ -101,6 +101,16 @@ def _disks(real: Real) -> Iterator[NotTested]:
         )
     if real.swap:
         yield NotTested(f"swap on {_names(real.swap)}", "no swap", _QEMU_VM)
+
+
+def _image(build: VmBuild, real: Real) -> Iterator[NotTested]:
+    mounts = [fs.mount_point for fs in real.file_systems]
+    if mounts:
+        yield NotTested(
+            f"file systems {_names(mounts)} of an installed machine",
+            f"those of the image ({build.image})",
+            "nixpkgs makes the partitions of an image",
+        )
 
 
 def _boot(build: VmBuild, real: Real) -> Iterator[NotTested]:
@@ -196,8 +206,8 @@ def _secrets(build: VmBuild, declared: Declared) -> Iterator[NotTested]:
         )
 
 
-def _hardware(real: Real) -> Iterator[NotTested]:
-    if real.time_sync == "systemd-timesyncd":
+def _hardware(build: VmBuild, real: Real) -> Iterator[NotTested]:
+    if real.time_sync == "systemd-timesyncd" and build.image is None:
         yield NotTested("time synchronisation (systemd-timesyncd)", "QEMU's clock", _QEMU_VM)
     elif real.time_sync:
         yield NotTested(

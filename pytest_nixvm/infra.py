@@ -80,6 +80,9 @@ class NixvmBackend(BaseBackend):  # type: ignore[misc]
 
     def __init__(self, hostspec: str, *args: Any, **kwargs: Any) -> None:
         self._spec = self.parse_hostspec(hostspec)
+        image = f"{self._spec.user}@{self._spec.name}"
+        if image in MACHINES:  # dev-vm@qcow2, which is no user's name before a machine's
+            self._spec = self._spec._replace(name=image, user=None)
         super().__init__(self._spec.name, *args, **kwargs)
 
     def set_host(self, host: Host) -> None:
