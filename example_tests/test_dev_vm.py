@@ -27,3 +27,7 @@ def test_vim_edits(vm):
     vm.succeed("echo old > /tmp/note && vim -es -c '%s/old/new/' -c 'wq' /tmp/note")
 
     assert vm.succeed("cat /tmp/note") == "new\n"
+
+
+def test_the_home_is_as_home_nix_has_it(vm):
+    assert vm.succeed("su - alice -c 'git config user.name'") == "Alice Example\n"

@@ -8,7 +8,6 @@ in
     enable = lib.mkEnableOption "the person who uses this machine";
     user = lib.mkOption {
       type = lib.types.str;
-      example = "alice";
       description = "Log-in name of that person.";
     };
   };
