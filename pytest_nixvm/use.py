@@ -37,7 +37,8 @@ _REMIND = 60.0
 """Seconds of a power-down after which is said that it takes long."""
 
 _MOUNT = """
-mkdir -p "$2" && ! mountpoint -q "$2" || exit
+mkdir -p "$2" || exit
+if mountpoint -q "$2"; then exit 0; fi
 exec mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$3" "$1" "$2"
 """
 
