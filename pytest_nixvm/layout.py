@@ -134,6 +134,21 @@ def write_layout(directory: Path, files: Mapping[PurePath, bytes]) -> tuple[Path
 # --- a VM more -------------------------------------------------------------------------------
 
 
+def check_new(flake: Path, name: str) -> None:
+    """Raise `UserError` if a VM of that name can't be added to the flake in a directory."""
+    check_machine(name)
+    if not (flake / "flake.nix").is_file():
+        raise UserError(f"{flake} is no flake: `nixvm init` writes one into an empty directory.")
+    if not (flake / VMS).is_dir():
+        raise UserError(
+            f"{flake} has no {VMS} to put a VM into, so it is not a flake of the layout that "
+            "`nixvm init` writes."
+        )
+    for place in (VMS / name, PurePath("machines", name)):
+        if (flake / place).exists():
+            raise UserError(f"There is a machine {name} already: {flake / place}.")
+
+
 def add_vm(flake: Path, name: str, *, home: bool = False) -> Added:
     """Add a VM to the flake in a directory, made from its own TEMPLATE.
 
@@ -145,18 +160,8 @@ def add_vm(flake: Path, name: str, *, home: bool = False) -> Added:
     Raises:
         UserError: the flake has another layout, or there is such a machine.
     """
-    check_machine(name)
+    check_new(flake, name)
     file = flake / "flake.nix"
-    if not file.is_file():
-        raise UserError(f"{flake} is no flake: `nixvm init` writes one into an empty directory.")
-    if not (flake / VMS).is_dir():
-        raise UserError(
-            f"{flake} has no {VMS} to put a VM into, so it is not a flake of the layout that "
-            "`nixvm init` writes."
-        )
-    for place in (VMS / name, PurePath("machines", name)):
-        if (flake / place).exists():
-            raise UserError(f"There is a machine {name} already: {flake / place}.")
     source = flake if (flake / VMS / TEMPLATE / "configuration.nix").is_file() else SOURCE
     try:
         text = file.read_text()

@@ -16,6 +16,7 @@ from pytest_nixvm.errors import SettingsError, UserError
 from pytest_nixvm.layout import Added, Person
 
 _FALLBACK = "admin"  # who owns the machines where root asks
+_LOCAL_TIME = Path("/etc/localtime")
 
 
 @click.command(short_help="Write a flake to begin with, or a new VM into one.")
@@ -206,7 +207,7 @@ def _full_name(user: str) -> str:
 
 def _time_zone() -> str:
     try:
-        zone = str(Path("/etc/localtime").readlink())
+        zone = str(_LOCAL_TIME.readlink())
     except OSError:
         return "UTC"
     name = zone.partition("zoneinfo/")[2]
@@ -220,7 +221,7 @@ def _add(flake: Path, names: Sequence[str], *, home: bool, git: bool, as_json: b
     if not flake.is_dir():
         raise UserError(f"There is no directory {flake}. --flake is the directory of a flake here.")
     for name in names:
-        layout.check_machine(name)
+        layout.check_new(flake, name)
     results: list[tuple[Added, str]] = []
     for name in dict.fromkeys(names):
         added = layout.add_vm(flake, name, home=home)
