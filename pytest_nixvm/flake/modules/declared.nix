@@ -6,7 +6,7 @@
 { real, vm }:
 let
   inherit (builtins)
-    any attrNames attrValues concatMap elem filter isAttrs isInt isList isString length listToAttrs map mapAttrs match
+    any attrNames attrValues elem filter isAttrs isInt isList length listToAttrs map
     tryEval unsafeDiscardStringContext;
 
   attempt = default: value:

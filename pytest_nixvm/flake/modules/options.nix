@@ -3,8 +3,8 @@
 # user's own words: what nixpkgs adds to it is not here.
 { options, source }:
 let
-  inherit (builtins) attrNames concatLists concatMap concatStringsSep deepSeq filter foldl' hashString
-    isAttrs isBool isFloat isFunction isInt isList isPath isString length listToAttrs match replaceStrings
+  inherit (builtins) attrNames concatMap concatStringsSep deepSeq filter hashString
+    isAttrs isBool isFloat isFunction isInt isList isPath isString length match
     split stringLength substring toJSON tryEval unsafeDiscardStringContext zipAttrsWith;
 
   tag = value: if isAttrs value then value._type or null else null;

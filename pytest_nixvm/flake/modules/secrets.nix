@@ -6,7 +6,7 @@
 # `more` are secrets of the hook `pytest_nixvm_secrets`, as `find` gives them.
 let
   inherit (builtins)
-    attrNames attrValues concatLists concatMap concatStringsSep elem filter isAttrs isList isString map
+    attrValues concatLists concatMap concatStringsSep elem filter isAttrs isList map
     replaceStrings tryEval unsafeDiscardStringContext;
 
   attempt = default: value:
@@ -129,7 +129,6 @@ let
   quote = value: "'${replaceStrings [ "'" ] [ "'\\''" ] value}'";
   # A name may have slashes in it; declared.py has the same.
   stored = name: replaceStrings [ "%" "/" ] [ "%25" "%2F" ] name;
-  units = command: concatMap (unit: [ "${command} ${quote unit}" ]);
 
   # `owned`: whether the users are there by now.
   install = owned: s:

@@ -1,2 +1,2 @@
-{ system ? builtins.currentSystem, overlays ? [ ], config ? { }, ... }@args:
+{ system ? builtins.currentSystem, overlays ? [ ], ... }:
 import ./pkgs { lib = import ./lib; inherit system overlays; }

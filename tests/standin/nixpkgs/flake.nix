@@ -1,7 +1,7 @@
 {
   description = "A stand-in for nixpkgs: the NixOS module system and a guest that boots, made of Debian's packages";
 
-  outputs = { self }:
+  outputs = { ... }:
     let
       lib = import ./lib;
       systems = [ "x86_64-linux" "aarch64-linux" "x86_64-darwin" "aarch64-darwin" ];

@@ -12,7 +12,7 @@
         system = "x86_64-linux";
         modules = [
           (
-            { modulesPath, pkgs, lib, ... }:
+            { modulesPath, ... }:
             {
               imports = [ "${modulesPath}/virtualisation/qemu-vm.nix" ];
               networking.hostName = "till-7";

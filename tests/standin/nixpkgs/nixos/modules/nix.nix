@@ -1,5 +1,5 @@
 # nix.*: a nix in the guest where `pkgs.nix` is among the system's packages. It is root's own, without a daemon.
-{ lib, config, pkgs, ... }:
+{ lib, config, ... }:
 let
   inherit (lib) mkOption types;
   cfg = config.nix;

@@ -1,7 +1,7 @@
 # systemd.*: units, as text with their scripts. What Debian ships under a unit's name gets a drop-in, as in NixOS.
 { lib, config, pkgs, ... }:
 let
-  inherit (lib) mkOption types mapAttrs' nameValuePair optionalAttrs optional;
+  inherit (lib) mkOption types mapAttrs' nameValuePair optionalAttrs;
   cfg = config.systemd;
   atom = types.nullOr (types.oneOf [ types.bool types.int types.float types.str types.path types.package ]);
   section = types.attrsOf (types.either atom (types.listOf atom));

@@ -1,5 +1,5 @@
 # The image formats that are a plain disk: `qemu`, `raw`, and the same with an EFI system partition.
-{ lib, config, pkgs, ... }:
+{ lib, config, ... }:
 let
   inherit (lib) mkOption types;
   cfg = config.image;
