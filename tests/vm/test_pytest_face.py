@@ -80,7 +80,7 @@ def test_first_failure_then_last_failed(run):
 
 def test_two_workers(run):
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    output = run("-n", "2", "-m", "smoke")
+    output = run("-n", "2", "-m", "smoke", "--nixvm-machine=*-vm")
 
     assert "4 passed" in output
     assert "dev-vm: 2 clones" in output
