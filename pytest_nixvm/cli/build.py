@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json
-from pytest_nixvm.errors import FlakeError, SettingsError, UserError
-from pytest_nixvm.flake import explain
+from pytest_nixvm.errors import FlakeError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, Override
 from pytest_nixvm.flake.nix import NixFailure
-from pytest_nixvm.flake.places import Cache, log_file
-from pytest_nixvm.flake.reference import FlakeReference, git_root
 
-_EVALUATION_TIMEOUT = 600.0  # seconds
-_BUILD_TIMEOUT = 7200.0
-_ATTRIBUTE = "config.system.build.toplevel"
-_PARTS = 'x: { derivation = x.drvPath; output = x.outPath; name = x.outputName or "out"; }'
+_LINK_TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -40,6 +32,9 @@ class Made:
     overrides: tuple[Override, ...] = ()
     seconds: float = 0.0
     out_link: Path | None = field(default=None)
+
+
+Make = Callable[[Context, MachineInfo], Made]
 
 
 @click.command()
@@ -70,19 +65,31 @@ def command(
     """
     if toplevel and image_format is not None:
         raise click.UsageError("--toplevel and --image are two things: give one.")
+    if toplevel:
+        make: Make = _real
+    elif image_format is not None:
+        make = partial(make_image, image_format=image_format)
+    else:
+        make = _vm
+    deliver(context, names, make, out_link=out_link, as_json=as_json)
+
+
+def deliver(
+    context: Context,
+    names: Sequence[str],
+    make: Make,
+    *,
+    out_link: Path | None,
+    as_json: bool,
+) -> None:
+    """Make something of each machine, and print where it is. Raises as `make`."""
     if out_link is not None and len(names) > 1:
         raise click.UsageError("--out-link is for one machine.")
     if out_link is not None:
         _check_link(out_link)
-    every = [context.named(name) for name in dict.fromkeys(names)]
     results = []
-    for info in every:
-        if toplevel:
-            made = real_system(context, info)
-        elif image_format is not None:
-            made = _image(context, info, image_format)
-        else:
-            made = _vm(context, info)
+    for info in [context.named(name) for name in dict.fromkeys(names)]:
+        made = make(context, info)
         if out_link is not None:
             made = _linked(context, made, out_link)
         results.append(made)
@@ -103,82 +110,29 @@ def _vm(context: Context, info: MachineInfo) -> Made:
     )
 
 
-def _image(context: Context, info: MachineInfo, image_format: str) -> Made:
-    flake: Any = context.flake
-    build = flake.image(info.name, image_format)
+def make_image(context: Context, info: MachineInfo, image_format: str) -> Made:
+    """Build an image as the configuration has it, nothing of ours in it.
+
+    Raises:
+        FlakeError: there is no such format.
+        EvaluationError, BuildError: nix can't.
+    """
+    image = context.flake.image(info.name, image_format)
     return Made(
-        info.name,
-        image_format,
-        Path(build.file),
-        Path(build.output),
-        build.toplevel and Path(build.toplevel),
-        tuple(build.overrides),
+        image.name,
+        image.format,
+        image.file,
+        image.output,
+        image.toplevel,
+        image.overrides,
+        image.seconds,
     )
 
 
-def real_system(context: Context, info: MachineInfo) -> Made:
-    """Build the system that the real machine runs, nothing of ours in it.
-
-    Raises:
-        EvaluationError, BuildError: nix can't.
-        NotAVirtualMachineError: it is no NixOS configuration.
-    """
-    flake, nix, settings = context.flake, context.catalogue.nix, context.settings
-    flake.real_toplevel(info.name)  # with the messages that it has for what is no system
-    url = flake.reference.url
-    subject = _subject(flake.reference, info.attribute)
+def _real(context: Context, info: MachineInfo) -> Made:
     began = time.monotonic()
-    step = context.progress.step(f"Building {info.name}'s system")
-    try:
-        with log_file(context.catalogue.out.shared("nix"), f"build-{info.name}-real") as (
-            write,
-            path,
-        ):
-            try:
-                answer = nix.evaluate(
-                    f"{url}#{info.attribute}.{_ATTRIBUTE}",
-                    _PARTS,
-                    overrides=settings.override_input,
-                    timeout=_EVALUATION_TIMEOUT,
-                    watch=step.update,
-                    write=write,
-                ).value
-            except NixFailure as failure:
-                raise explain.evaluation_failed(failure, subject) from None
-            digest = hashlib.blake2b(
-                repr((url, info.attribute, settings.override_input)).encode(), digest_size=8
-            ).hexdigest()
-            cache = Cache(settings.cache)
-            cache.prepare()
-            safe = re.sub(r"[^A-Za-z0-9._-]", "_", info.name)
-            try:
-                nix.realise(
-                    answer["derivation"],
-                    answer["name"],
-                    cache.roots / f"{safe}-real-{digest}",
-                    timeout=_BUILD_TIMEOUT,
-                    watch=step.update,
-                    write=write,
-                )
-            except NixFailure as failure:
-                raise explain.build_failed(failure, subject, path) from None
-    except BaseException as error:
-        step.fail("failed" if isinstance(error, UserError) else "")
-        raise
-    step.finish()
-    output = Path(answer["output"])
-    seconds = time.monotonic() - began
-    return Made(info.name, "toplevel", output, output, output, (), seconds)
-
-
-def _subject(reference: FlakeReference, attribute: str) -> explain.Subject:
-    trees = []
-    if reference.local is not None:
-        in_git = reference.url.startswith("git+file:")
-        root = git_root(reference.local) if in_git else None
-        trees.append(explain.Tree(root or reference.local, reference.local, in_git))
-    return explain.Subject(f"{attribute} of {reference.local or reference.url}",
-                           reference.url, trees)  # fmt: skip
+    path = context.flake.build_real(info.name)
+    return Made(info.name, "toplevel", path, path, path, (), time.monotonic() - began)
 
 
 def _check_link(link: Path) -> None:
@@ -192,9 +146,7 @@ def _linked(context: Context, made: Made, link: Path) -> Made:
     """Make a link that also keeps it from being collected."""
     _check_link(link)
     try:
-        context.catalogue.nix.realise(
-            str(made.output), "", link.absolute(), timeout=_EVALUATION_TIMEOUT
-        )
+        context.catalogue.nix.realise(str(made.output), "", link.absolute(), timeout=_LINK_TIMEOUT)
     except NixFailure as failure:
         raise FlakeError(f"--out-link {link} can't be made: {failure}") from None
     return Made(**{**made.__dict__, "out_link": link})
@@ -220,5 +172,5 @@ def _tell(made: Made) -> None:
         click.echo(f"{made.name}: differs from its own configuration in", err=True)
         for o in made.overrides:
             click.echo(f"  {o.option} = {o.value}  ({o.reason})", err=True)
-    elif made.kind != "toplevel":
+    elif made.kind == "vm":
         click.echo(f"{made.name}: nothing differs from its own configuration.", err=True)

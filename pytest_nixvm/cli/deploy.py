@@ -97,9 +97,8 @@ def command(
     if not dry_run:
         _check_tests(context, name, toplevel, forced=bool(reason))
     host = Host(target, ssh_options, script=os.environ.get("NIXVM_DEPLOY_SCRIPT", SCRIPT))
-    root = context.settings.cache / "roots" / f"deploy-{name}"
-    built = system.build(context.flake, name, root, context.progress)
-    if built != toplevel:
+    built = context.flake.build_real(name)
+    if str(built) != toplevel:
         raise UserError(f"{name} was changed meanwhile: it was {toplevel}, now it is {built}.")
 
     host.upload()

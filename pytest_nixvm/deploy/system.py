@@ -1,4 +1,4 @@
-"""The real machine's system: built, and copied into a host's store."""
+"""A system's closure: looked at, and copied into a host's store."""
 
 from __future__ import annotations
 
@@ -10,44 +10,11 @@ from pathlib import Path
 
 from pytest_nixvm.deploy.host import DeployError, Host
 from pytest_nixvm.errors import FlakeError
-from pytest_nixvm.flake import explain, process
-from pytest_nixvm.flake.flake import Flake
-from pytest_nixvm.flake.nix import _FEATURES, Nix, NixFailure
+from pytest_nixvm.flake import process
+from pytest_nixvm.flake.nix import FEATURES, Nix
 from pytest_nixvm.progress import Progress
 
-_BUILD_TIMEOUT = 7200.0
 _COPY_TIMEOUT = 7200.0
-
-
-def build(flake: Flake, name: str, root: Path, progress: Progress) -> str:
-    """Build what the machine really runs; `root` keeps it. Returns its store path.
-
-    Raises:
-        FlakeError, EvaluationError, BuildError.
-    """
-    attribute = next(info.attribute for info in flake.machines() if info.name == name)
-    evaluator = flake._evaluator
-    argv = [
-        *(str(flake.nix.program), *_FEATURES, "build"),
-        f"{flake.reference.url}#{attribute}.config.system.build.toplevel",
-        *("--out-link", str(root), "--no-write-lock-file", "--option", "eval-cache", "false"),
-    ]
-    for given, url in evaluator.overrides:
-        argv += ["--override-input", given, url]
-    if flake.nix.offline:
-        argv += ["--offline"]
-    root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    step = progress.step(f"Building the system of {name}")
-    try:
-        flake.nix._run(argv, timeout=_BUILD_TIMEOUT, watch=step.update, stop=signal.SIGTERM)
-    except NixFailure as failure:
-        step.fail("failed")
-        raise explain.build_failed(failure, evaluator.subject(attribute), None) from None
-    except BaseException:
-        step.fail()
-        raise
-    step.finish()
-    return str(root.readlink())
 
 
 def closure(nix: Nix, toplevel: str) -> list[str]:
@@ -66,7 +33,7 @@ def copy(nix: Nix, host: Host, toplevel: str, progress: Progress, *, substitutes
 
     With `substitutes` the host fetches what its binary caches have. Raises `DeployError`.
     """
-    argv = [str(nix.program), *_FEATURES, "copy", "--to", host.target.store, toplevel]
+    argv = [str(nix.program), *FEATURES, "copy", "--to", host.target.store, toplevel]
     argv += ["--no-check-sigs"]  # for root, as whom we come, the host's store does not ask either
     if substitutes:
         argv += ["--substitute-on-destination"]

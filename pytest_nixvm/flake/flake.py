@@ -18,7 +18,7 @@ from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
 from pytest_nixvm.flake.slirp import network_options
-from pytest_nixvm.flake.variant import Variant, let_go, secrets_of
+from pytest_nixvm.flake.variant import RealSystem, Variant, let_go, secrets_of
 from pytest_nixvm.flake.words import listed, near, nix_list, nix_string, nix_value
 from pytest_nixvm.progress import Progress, Silent
 
@@ -171,6 +171,15 @@ class Flake(ImageBuilds):
                 "config.system.build.toplevel."
             )
         return str(output)
+
+    def build_real(self, name: str) -> Path:
+        """Build the system that the real machine runs, or find that this was done before.
+
+        Raises as `build` does.
+        """
+        self.real_toplevel(name)  # which says what is no system
+        plan, _, _ = self._made(self._info(name), RealSystem())
+        return Path(plan["output"])
 
     def declared(self, name: str) -> Declared:
         """Return what the configuration says of the machine. Evaluates, builds nothing.

@@ -23,7 +23,7 @@ from pytest_nixvm.flake.words import near
 
 # Ours, or the user's in /etc, decide nothing else: --accept-flake-config is never passed, because
 # with it a flake may name substituters and post-build hooks without anybody being asked.
-_FEATURES = ("--extra-experimental-features", "nix-command flakes")
+FEATURES = ("--extra-experimental-features", "nix-command flakes")
 
 # Where an installer puts nix, for a pytest whose PATH lacks it (a cron job, an editor).
 _PROFILES = (
@@ -219,7 +219,7 @@ class Nix:
         watch: Watcher | None = None,
         write: Callable[[str], None] | None = None,
     ) -> Answer:
-        argv = [str(self.program), *_FEATURES, *arguments, "--no-write-lock-file"]
+        argv = [str(self.program), *FEATURES, *arguments, "--no-write-lock-file"]
         for name, url in overrides:
             argv += ["--override-input", name, url]
         # An unreachable host is told in seconds; nix would try for minutes (curl's 300 s, 5 times).
@@ -338,7 +338,7 @@ def _settings(nix: Nix) -> dict[str, str]:
     """Return what nix itself goes by: nix.conf, NIX_CONFIG, defaults and our options together."""
     options = [word for option in nix.options for word in ("--option", *option)]
     for command in (["show-config"], ["config", "show"]):  # up to 2.19, and from 2.20 on
-        answer = _ask([nix.program, *_FEATURES, *command, *options])
+        answer = _ask([nix.program, *FEATURES, *command, *options])
         if answer.returncode == 0:
             pairs = (line.partition(" =") for line in answer.stdout.splitlines())
             return {name: value.strip() for name, equals, value in pairs if equals}

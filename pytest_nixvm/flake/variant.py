@@ -104,6 +104,22 @@ class Variant:
         return cache.roots / (f"{root}.{_digest(varying)}" if any(varying) else root)
 
 
+class RealSystem(Variant):
+    """The system of the real machine is asked for, with nothing of ours in it."""
+
+    @property
+    def words(self) -> list[str]:
+        """What tells it from a VM, for names of logs and questions."""
+        return ["real"]
+
+    def expression(self, attribute: Sequence[str]) -> str:
+        """Return the question as modules/target.nix takes it."""
+        return f"this.real {nix_list(attribute)}"
+
+    def check(self, plan: Mapping[str, Any], what: str) -> None:
+        """Take whatever was built: it is no VM."""
+
+
 def let_go(root: Path) -> None:
     """Drop the oldest of the roots that stand beside this one."""
     stem, dot, last = root.name.rpartition(".")

@@ -316,6 +316,9 @@ in
     let toplevel = (get path target).config.system.build.toplevel or null; in
     { output = if toplevel == null then null else unsafeDiscardStringContext toplevel.outPath; };
 
+  # The same, to be built.
+  real = path: derivation (get path target).config.system.build.toplevel;
+
   # What the configuration says of the machine, its VM's (or an image's) and the real one's.
   declared = declaredOf null;
   declaredImage = declaredOf;
