@@ -1,0 +1,103 @@
+"""`nixvm image`: disk images of machines, by the names that people know their formats by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from pytest_nixvm.cli import HelpfulGroup
+from pytest_nixvm.cli.build import deliver, make_image
+from pytest_nixvm.cli.common import Context, with_flake
+from pytest_nixvm.cli.completion import complete_machines
+from pytest_nixvm.cli.texts import emit_json, table
+from pytest_nixvm.flake.images import FORMATS, split
+
+_DEFAULT = "qcow2"
+
+
+@click.group(name="image", cls=HelpfulGroup)
+def command() -> None:
+    """Build disk images of machines.
+
+    What boots under QEMU from such an image is called NAME@FORMAT, by every command and in tests:
+    nixvm run dev-vm@ova, pytest --nixvm-machine=dev-vm@qcow2.
+    """
+
+
+def _complete_formats(
+    context: click.Context,  # noqa: ARG001 - click's signature
+    parameter: click.Parameter,  # noqa: ARG001
+    incomplete: str,
+) -> list[CompletionItem]:
+    return [
+        CompletionItem(name, help=each.what)
+        for name, each in FORMATS.items()
+        if name.startswith(incomplete)
+    ]
+
+
+@command.command()
+@click.argument(
+    "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_machines
+)
+@with_flake
+@click.option(
+    "--format",
+    "image_format",
+    metavar="FORMAT",
+    shell_complete=_complete_formats,
+    help=f"{', '.join(FORMATS)}, or another one that nixpkgs has (default: {_DEFAULT}).",
+)
+@click.option(
+    "--out-link",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Link to what was built, as nix build has it (default: no link; the cache has one).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write what was built for scripts.")
+def build(
+    context: Context,
+    names: Sequence[str],
+    image_format: str | None,
+    out_link: Path | None,
+    as_json: bool,
+) -> None:
+    """Build images of machines, and print where they are.
+
+    They are what the configuration says and nothing else. NAME may have the format: dev-vm@ova.
+    """
+    given = {text for _, text in map(split, names) if text is not None}
+    if len(given | ({image_format} if image_format else set())) > 1:
+        raise click.UsageError("That is more than one format: build them one after the other.")
+    make = partial(make_image, image_format=image_format or (given or {_DEFAULT}).pop())
+    deliver(context, names, make, out_link=out_link, as_json=as_json)
+
+
+@command.command()
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_machines)
+@with_flake
+@click.option("--json", "as_json", is_flag=True, help="Write them for scripts.")
+def formats(context: Context, name: str | None, as_json: bool) -> None:
+    """Show the formats, or those that there are of one machine.
+
+    The latter asks its nixpkgs, which may have more; only those with a description can be booted.
+    """
+    there = list(FORMATS) if name is None else context.flake.images(context.named(name).name)
+    context.progress.close()
+    rows = [(each, FORMATS[each].what if each in FORMATS else "") for each in there]
+    if as_json:
+        emit_json(
+            [
+                {"format": each, "what": what or None, "boots": each in FORMATS}
+                for each, what in rows
+            ]
+        )
+        return
+    if name is not None and not rows:
+        click.echo(f"There are no images of {name}.", err=True)
+        return
+    table(("format", "what"), rows)

@@ -1,0 +1,314 @@
+"""Images by real nix, of machines of the stand-in's module system."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from _flake import OPTIONS, Seen, Workshop, evaluations, git, needs_nix
+
+from pytest_nixvm.cli import main
+from pytest_nixvm.errors import FlakeError, NothingToTestError, UserError
+from pytest_nixvm.flake.build import VmBuild
+
+pytestmark = needs_nix
+
+LIB = Path(__file__).parents[1] / "standin/nixpkgs/lib"
+
+# As nixpkgs has it in nixos/modules/image/images.nix: each image is of the configuration, extended.
+SYSTEM = r"""
+{ modules, images ? true }:
+let
+  lib = import ./lib;
+  inherit (lib) mkOption types;
+  build = name: command: derivation {
+    inherit name;
+    system = "x86_64-linux";
+    builder = "/bin/sh";
+    args = [ "-ec" "PATH=/run/current-system/sw/bin:/usr/bin:/bin\n${command}" ];
+  };
+  anything = default: mkOption { type = types.anything; inherit default; };
+  text = default: mkOption { type = types.lines; inherit default; };
+  system = { config, ... }: {
+    options = {
+      networking.hostName = mkOption { type = types.str; };
+      networking.interfaces = anything { };
+      networking.firewall.interfaces = anything { };
+      boot.kernelParams = mkOption { type = types.listOf types.str; default = [ ]; };
+      services.udev.extraRules = text "";
+      services.qemuGuest.enable = mkOption { type = types.bool; default = false; };
+      system.activationScripts = anything { };
+      system.build = mkOption { type = types.lazyAttrsOf types.raw; default = { }; };
+      system.name = mkOption { type = types.str; default = config.networking.hostName; };
+    };
+    config.system.build.toplevel = build "nixos-system-${config.networking.hostName}" ''
+      mkdir $out
+      cat > $out/what <<'END'
+      agent ${if config.services.qemuGuest.enable then "on" else "off"} \
+      ${toString config.boot.kernelParams}
+      ${config.services.udev.extraRules}${builtins.toJSON config.system.activationScripts}
+      END
+    '';
+  };
+  disk = name: command: { config, ... }: {
+    options.image.filePath = mkOption { type = types.str; default = name; };
+    config.system.build.image = build "image" ''
+      mkdir $out; cp ${config.system.build.toplevel}/what what; ${command}
+    '';
+  };
+  variants = {
+    qemu = disk "nixos.qcow2" "qemu-img convert -O qcow2 what $out/nixos.qcow2";
+    virtualbox = disk "nixos.ova" ''
+      qemu-img convert -O vmdk -o subformat=streamOptimized what disk.vmdk
+      tar -cf $out/nixos.ova disk.vmdk
+    '';
+    azure = disk "disk.vhd" "cp what $out/disk.vhd";
+    strange = disk "nothing" "";
+  };
+  imaging = { extendModules, ... }: {
+    config.system.build.images = builtins.mapAttrs
+      (_: module: let inherit (extendModules { modules = [ module ]; }) config; in
+        config.system.build.image
+        // { passthru = { inherit config; inherit (config.image) filePath; }; })
+      variants;
+  };
+in lib.evalModules { modules = [ system ] ++ (if images then [ imaging ] else [ ]) ++ modules; }
+"""
+
+READY = 'services.qemuGuest.enable = true; boot.kernelParams = [ "console=ttyS0" ];'
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    if shutil.which("qemu-img") is None or shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    return Workshop(tmp_path)
+
+
+def write_machine(shop: Workshop, settings: str = "", *, images: bool = True) -> Path:
+    """Write a flake with one machine, `vm`, and a package beside it."""
+    flake = shop.tmp / "config"
+    shutil.copytree(LIB, flake / "lib")
+    (flake / "system.nix").write_text(SYSTEM)
+    (flake / "flake.nix").write_text(
+        "{ outputs = { self }: { nixosConfigurations.vm = import ./system.nix { "
+        f"images = {str(images).lower()}; modules = [ {{ networking.hostName = "
+        f'"{shop.host}"; {settings} }} ]; }};'
+        "  packages.x86_64-linux.thing = derivation "
+        '{ name = "thing"; system = "x86_64-linux"; builder = "/bin/sh"; }; }; }'
+    )
+    git(flake, "init", "-q", "-b", "main")
+    git(flake, "add", ".")
+    return flake
+
+
+def own(flake: Path, variant: str) -> str:
+    """What its owner gets for an image, without us."""
+    nix = ("nix", "--extra-experimental-features", "nix-command flakes", "eval", "--raw")
+    what = f"{flake}#nixosConfigurations.vm.config.system.build.images.{variant}.outPath"
+    return subprocess.run([*nix, what], check=True, capture_output=True, text=True).stdout
+
+
+def system_in(build: VmBuild) -> str:
+    """Return what the system in an image is."""
+    assert build.toplevel is not None
+    return (build.toplevel / "what").read_text()
+
+
+# --- images as they are -----------------------------------------------------------------------
+
+
+def test_an_image_is_what_its_owner_builds(shop: Workshop) -> None:
+    path = write_machine(shop)
+    made = shop.flake(path).image("vm", "virtualBoxOVA")
+    assert (made.name, made.format, made.overrides) == ("vm", "ova", ())
+    assert str(made.output) == own(path, "virtualbox")
+    assert made.file == made.output / "nixos.ova"
+    assert made.output in {root.readlink() for root in (shop.cache / "roots").iterdir()}
+    assert made.toplevel is not None
+    assert "agent off" in (made.toplevel / "what").read_text()
+    assert made.seconds > 0
+    seen = Seen()
+    again = shop.flake(path, progress=seen).image("vm", "ova")
+    assert (again.file, again.seconds, evaluations(seen)) == (made.file, 0.0, 0)
+
+
+def test_nixpkgs_other_formats_can_be_built_too(shop: Workshop) -> None:
+    flake = shop.flake(write_machine(shop))
+    assert flake.images("vm") == ["qcow2", "ova", "azure", "strange"]
+    assert flake.image("vm", "azure").file.name == "disk.vhd"
+    with pytest.raises(FlakeError, match="nothing is not there"):
+        flake.image("vm", "strange")
+
+
+def test_an_unknown_format_names_those_that_there_are(shop: Workshop) -> None:
+    flake = shop.flake(write_machine(shop))
+    with pytest.raises(FlakeError) as raised:
+        flake.image("vm", "iso")
+    assert "There is no image of nixosConfigurations.vm" in str(raised.value)
+    assert "'iso'" in str(raised.value)
+    assert str(raised.value).endswith("There are: qcow2, ova, azure, strange.")
+    with pytest.raises(FlakeError, match="Did you mean azure"):
+        flake.image("vm", "azurr")
+
+
+def test_without_images_the_reason_is_told(shop: Workshop) -> None:
+    path = write_machine(shop, images=False)
+    with pytest.raises(FlakeError, match=r"older than 25\.05"):
+        shop.flake(path).image("vm", "qcow2")
+    with pytest.raises(FlakeError, match="is no NixOS configuration"):
+        shop.flake(f"{path}#thing").image("thing", "qcow2")
+
+
+# --- machines that boot from one ------------------------------------------------------------------
+
+
+def test_a_machine_boots_from_an_image_with_what_lets_the_tests_in(shop: Workshop) -> None:
+    path = write_machine(shop)
+    build = shop.flake(path).build("vm@qcow2")
+    assert (build.name, build.image, build.boot_loader) == ("vm@qcow2", "qcow2", True)
+    assert [o.option for o in build.overrides] == [
+        "services.qemuGuest.enable",
+        "boot.kernelParams",
+    ]
+    assert "agent on" in system_in(build)
+    assert "console=ttyAMA0,115200n8 console=ttyS0,115200n8" in system_in(build)
+    script = build.start_script.read_text()
+    assert f"{build.output}/nixos.qcow2" in script
+    assert build.start_script.name == f"run-{shop.host}-vm"
+    assert str(build.output) != own(path, "qemu")
+    seen = Seen()
+    again = shop.flake(path, progress=seen).build("vm@qcow2")
+    assert (again.start_script, again.built, seen.titles) == (build.start_script, 0.0, [])
+
+
+def test_the_image_of_a_machine_that_is_ready_for_it_is_its_owner_s(shop: Workshop) -> None:
+    path = write_machine(shop, READY)
+    build = shop.flake(path).build("vm@qcow2")
+    assert build.overrides == ()
+    assert str(build.output) == own(path, "qemu")
+
+
+def test_static_addresses_and_secrets_are_as_in_its_vm(shop: Workshop) -> None:
+    static = (
+        'networking.interfaces.enp3s0.ipv4.addresses = [ { address = "10.0.0.5"; '
+        "prefixLength = 24; } ];"
+    )
+    build = shop.flake(write_machine(shop, static + READY)).build("vm@qcow2")
+    assert [o.option for o in build.overrides] == ["services.udev.extraRules"]
+    assert 'NAME="enp3s0"' in system_in(build)
+    assert "10.0.0." in build.network_options
+
+
+def test_one_that_is_to_be_frozen_has_no_disk_that_qemu_can_not_freeze(shop: Workshop) -> None:
+    flake = shop.flake(write_machine(shop))
+    booted, frozen = flake.build("vm@ova"), flake.build("vm@ova", freezable=True)
+    assert booted.output == frozen.output
+    assert "convert" not in booted.start_script.read_text()
+    assert "convert -f vmdk -O qcow2" in frozen.start_script.read_text()
+    plain, clone = flake.build("vm@qcow2"), flake.build("vm@qcow2", freezable=True)
+    assert plain.start_script == clone.start_script
+
+
+def test_a_reference_names_an_image(shop: Workshop) -> None:
+    path = write_machine(shop)
+    (info,) = shop.flake(f"{path}#vm@ova").machines()
+    assert (info.name, info.attribute, info.image) == ("vm@ova", "nixosConfigurations.vm", "ova")
+    assert shop.flake(f"{path}#nixosConfigurations.vm@qcow2").machines()[0].image == "qcow2"
+    for text, message in {
+        "wm@ova": "has no wm. Its machines are: vm",
+        "vm@oav": "'oav' that could be booted. Did you mean ova",
+        'nixosConfigurations."vm@ova"': 'has no nixosConfigurations."vm@ova"',
+    }.items():
+        with pytest.raises(FlakeError, match=message):
+            shop.flake(f"{path}#{text}").machines()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("vm@qcow", "There are: qcow2, raw"), ("wm@qcow2", "no machine wm@qcow2.*It has: vm")],
+)
+def test_a_mistake_in_a_name_is_one_message(shop: Workshop, name: str, message: str) -> None:
+    with pytest.raises(FlakeError, match=message):
+        shop.flake(write_machine(shop)).build(name)
+
+
+def test_a_bare_derivation_has_no_images(shop: Workshop) -> None:
+    flake = shop.flake(f"{write_machine(shop)}#thing@qcow2")
+    with pytest.raises(FlakeError, match="is no NixOS configuration"):
+        flake.build("thing@qcow2")
+
+
+def test_a_change_is_not_tested_on_an_image(shop: Workshop) -> None:
+    flake = shop.flake(write_machine(shop))
+    with pytest.raises(NothingToTestError, match="tested on vm itself"):
+        flake.toplevel("vm@qcow2", switching=True)
+    assert issubclass(NothingToTestError, UserError)
+    assert flake.real_toplevel("vm@qcow2") == flake.real_toplevel("vm")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+class Command:
+    def __init__(self, shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+        self.shop, self.capsys = shop, capsys
+        self.flake = write_machine(shop)
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        options = [word for option in OPTIONS for word in ("--nix-option", *option)]
+        where = ["--flake", str(self.flake), "--cache", str(self.shop.cache)]
+        status = main([*words, *where, *options])
+        out, err = self.capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+
+@pytest.fixture
+def nixvm(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(shop, capsys)
+
+
+def test_build_prints_the_image(nixvm: Command, tmp_path: Path) -> None:
+    link = tmp_path / "result"
+    status, out, err = nixvm("image", "build", "vm", "--out-link", str(link))
+    assert status == 0, err
+    assert Path(out.strip()).name == "nixos.qcow2"
+    assert link.resolve() == Path(out.strip()).parent
+    assert "differs" not in err
+    status, out, _ = nixvm("image", "build", "vm@ova", "--json")
+    (made,) = json.loads(out)
+    assert (status, made["name"], made["kind"], made["overrides"]) == (0, "vm", "ova", [])
+    assert nixvm("build", "vm", "--image", "ova")[1].strip() == made["path"]
+
+
+def test_formats_are_those_that_there_are(nixvm: Command) -> None:
+    everywhere = nixvm("image", "formats")[1].split()
+    assert {"qcow2", "raw", "iso", "ova", "vmdk", "qcow2-efi", "raw-efi"} <= set(everywhere)
+    found = json.loads(nixvm("image", "formats", "vm", "--json")[1])
+    assert [(each["format"], each["boots"]) for each in found] == [
+        ("qcow2", True),
+        ("ova", True),
+        ("azure", False),
+        ("strange", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vm", "--format", "iso"], "There are: qcow2, ova"),
+        (["vm@ova", "--format", "qcow2"], "more than one format"),
+        (["wm"], "has no machine 'wm'. Its machines: vm"),
+        (["vm@floppy"], "There are: qcow2, raw"),
+        ([], "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_message(nixvm: Command, words: list[str], message: str) -> None:
+    status, out, err = nixvm("image", "build", *words)
+    assert (status, out) == (2, "")
+    (said,) = [line for line in err.splitlines() if not line.startswith(("nixvm: ✓", "nixvm: Ev"))]
+    assert message in said
