@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import uuid
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import pytest
 
 from pytest_nixvm.flake import Flake, FlakeReference, Nix
 
-needs_nix = pytest.mark.skipif(shutil.which("nix") is None, reason="nix is not installed")
+needs_nix = pytest.mark.nix
 
 # No sandbox: the builders below use the machine's own shell. No network is asked.
 OPTIONS = (("sandbox", "false"), ("substitute", "false"))

@@ -6,6 +6,8 @@ import time
 import pytest
 from _deploy_host import Host
 
+pytestmark = pytest.mark.shell
+
 OLD = ("old", "old", "old")
 NEW = ("new", "new", "new")
 

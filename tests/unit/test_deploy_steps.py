@@ -12,6 +12,8 @@ from pytest_nixvm.deploy.steps import Deploy, Plan, difference, told
 from pytest_nixvm.errors import SettingsError, SshError
 from pytest_nixvm.progress import Silent
 
+pytestmark = pytest.mark.shell
+
 
 @pytest.mark.parametrize(
     ("text", "login", "port"),

@@ -26,6 +26,8 @@ from pytest_nixvm.guest.shell import Shell
 from pytest_nixvm.guest.shell_script import compose
 from pytest_nixvm.guest.shell_stream import Input, Output
 
+pytestmark = pytest.mark.shell
+
 EVERYTHING = bytes(range(256)) * 1000
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +16,7 @@ FILES = sorted(
 )
 
 
-@pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+@pytest.mark.nix
 def test_each_parses_and_has_no_unbound_name() -> None:
     assert FILES
     done = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from _nixos_library import SYSTEMS, EvaluationFailed, evaluate
 
-pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+pytestmark = pytest.mark.nix
 
 Value = Callable[[str], Any]
 

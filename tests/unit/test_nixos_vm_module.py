@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from _nixos_library import SYSTEMS, EvaluationFailed, evaluate
 
-pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+pytestmark = pytest.mark.nix
 
 Value = Callable[[str], Any]
 
@@ -119,6 +118,16 @@ def test_its_console_is_the_screen_if_it_has_one(value: Value) -> None:
     assert consoles("false") == ["console=ttyS0,115200n8", "console=tty0"]
 
 
+def test_qemu_has_a_window_if_the_machine_has_a_screen(value: Value) -> None:
+    def words(headless: str) -> list[str]:
+        module = f"{{ vm.headless = {headless}; }}"
+        found: list[str] = value(f"{vm(module)}.virtualisation.qemu.options")
+        return found
+
+    assert "-nographic" in words("true")
+    assert "-nographic" not in words("false")
+
+
 # --- shared folders -----------------------------------------------------------------------------
 
 FOLDERS = """{
@@ -226,6 +235,15 @@ def test_a_machine_without_hardware_configuration_is_whole(value: Value, backend
     assert made["grub"]["devices"] == [disk]
     assert made["grub"]["efiSupport"] is (backend == "vmware")
     assert ("/boot" in made["fileSystems"]) is (backend == "vmware")
+
+
+def test_one_that_starts_by_systemd_boot_has_its_partition(value: Value) -> None:
+    module = "{ boot.loader.systemd-boot.enable = true; }"
+    found = value(f"{config(module)}.fileSystems")
+    assert (found["/boot"]["device"], found["/boot"]["fsType"]) == (
+        "/dev/disk/by-label/ESP",
+        "vfat",
+    )
 
 
 def test_what_a_hardware_configuration_says_wins(value: Value) -> None:

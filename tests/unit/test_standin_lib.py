@@ -15,7 +15,7 @@ import pytest
 NIXPKGS = Path(__file__).parent.parent / "standin" / "nixpkgs"
 TIMEOUT = 60  # seconds for one evaluation; it takes a tenth of one
 
-pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+pytestmark = pytest.mark.nix
 
 
 class EvaluationFailed(Exception):

@@ -25,7 +25,7 @@ def prepare() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(shutil.which("nix-store") is None, reason="nix is needed")
+@pytest.mark.nix
 def test_store_paths_are_those_that_nix_computes(prepare: ModuleType) -> None:
     sha256 = "a86e2049672f52354c4536a089203b6c82639420424d31c91cf31a181fd4d8f1"
     for name in ("bash.deb", "libstdc++6.deb"):
@@ -116,7 +116,7 @@ def test_what_was_downloaded_is_compared_with_what_apt_announced(
         prepare.download(("evil", deb), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+@pytest.mark.nix
 def test_the_inputs_of_a_flake_are_given_what_stands_for_them(
     prepare: ModuleType,
     tmp_path: Path,
