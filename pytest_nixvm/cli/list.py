@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
@@ -16,6 +15,7 @@ from pytest_nixvm.flake.build import MachineInfo
 from pytest_nixvm.flake.nix import NixFailure
 from pytest_nixvm.flake.remember import Memory
 from pytest_nixvm.flake.words import nix_list
+from pytest_nixvm.running import running_names
 from pytest_nixvm.tested import Tested, Verdict
 
 _TIMEOUT = 600.0  # seconds
@@ -55,7 +55,7 @@ def command(context: Context, tested: bool, as_json: bool) -> None:
     """
     machines = context.catalogue.every_machine
     kinds = _kinds(context, machines)
-    running = _running()
+    running = running_names(context.flake.reference.url)
     verdicts = _exact(context, machines) if tested else _last(context)
     rows = [
         Row(
@@ -138,16 +138,6 @@ def _evaluate(context: Context, names: Sequence[str]) -> dict[str, str]:
         raise
     step.finish()
     return found
-
-
-def _running() -> frozenset[str]:
-    """Return the machines that `nixvm run` has started and that still run."""
-    names: Callable[[], Sequence[str]] | None
-    try:
-        names = getattr(importlib.import_module("pytest_nixvm.running"), "running_names", None)
-    except ImportError:
-        return frozenset()
-    return frozenset(names()) if names is not None else frozenset()
 
 
 def _last(context: Context) -> dict[str, Verdict]:

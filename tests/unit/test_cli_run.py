@@ -191,8 +191,13 @@ def test_bad_option_is_one_line_before_anything_is_evaluated(nixvm, words):
 def run(tmp_path, nixvm):
     flake = write_flake(tmp_path / "config", machine("dev-vm", "dev-vm"))
     more = [word for option in OPTIONS for word in ("--nix-option", *option)]
-    common = ["--flake", str(flake), "--cache", str(tmp_path / "cache"), *more]
-    return lambda name, *words: nixvm("run", name, *common, *words)
+    options = ["--flake", str(flake), "--cache", str(tmp_path / "cache"), *more]
+
+    def run(name: str, *words: str) -> tuple[int, str, str]:
+        return nixvm("run", name, *options, *words)
+
+    run.options = options
+    return run
 
 
 @needs_nix
@@ -221,6 +226,19 @@ def test_machine_that_is_run_already_is_said_before_it_is_built(run, tmp_path):
     assert (status, out) == (2, "")
     assert "is in use by another process" in err
     assert "Building" not in err
+
+
+@needs_nix
+def test_list_shows_what_runs_of_this_flake(run, nixvm, tmp_path):
+    here, _ = locate("config", tmp_path)
+    for flake, shown in (("git+file:///another", "yes"), (here, "running")):
+        running.write(
+            running.Running(
+                "dev-vm", flake, os.getpid(), running.began(os.getpid()), Path("c"), None, Path("l")
+            )
+        )
+        out = nixvm("list", *run.options)[1]
+        assert out.splitlines()[1].split()[3] == shown
 
 
 # --- nixvm ssh and console ----------------------------------------------------------------------
