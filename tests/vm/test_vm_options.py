@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,23 @@ MIB = 2**20
 
 
 @dataclass
-class Booted:
-    vm: Machine
+class Host:
+    """What of this computer the machine is given."""
+
+    flake: Path
     key: Path
     work: Path
     music: Path
     port: int
 
 
+@dataclass
+class Booted(Host):
+    vm: Machine
+
+
 @pytest.fixture(scope="module")
-def booted(flake_copy, arguments_of, tmp_path_factory):
+def host(flake_copy, tmp_path_factory) -> Host:
     here = tmp_path_factory.mktemp("host")
     key, work, music = here / "key", here / "our work", here / "music"
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", key]
@@ -48,19 +56,23 @@ def booted(flake_copy, arguments_of, tmp_path_factory):
         "port": port,
     }
     (flake / "here.nix").write_text(f"builtins.fromJSON ''{json.dumps(values)}''\n")
-    # Shares are there as long as nothing is frozen.
-    given = arguments_of(flake)
+    return Host(flake, key, work, music, port)
+
+
+@pytest.fixture(scope="module")
+def booted(host, arguments_of, tmp_path_factory):
+    given = arguments_of(host.flake)
     pairs = {"--nixvm-override-input": [], "--nixvm-nix-option": []}
     for flag, *pair in zip(given[::3], given[1::3], given[2::3], strict=True):
         pairs[flag].append(pair)
     settings = Settings.make(
-        flake=str(flake),
+        flake=str(host.flake),
         override_input=pairs["--nixvm-override-input"],
         nix_option=pairs["--nixvm-nix-option"],
-        isolation="session",
+        isolation="session",  # shares are there as long as nothing is frozen
     )
     with Fleet(settings, output=tmp_path_factory.mktemp("options-output")) as fleet:
-        yield Booted(fleet.start("options-vm"), key, work, music, port)
+        yield Booted(**vars(host), vm=fleet.start("options-vm"))
 
 
 @pytest.fixture
@@ -153,3 +165,17 @@ def test_with_its_folders_it_can_t_be_frozen(vm):
         vm.snapshot("never")
     for folder in ("work", "music"):
         assert f"the 9p share '{folder}'" in str(caught.value)
+
+
+def test_guest_additions_of_virtualbox_and_vmware(host, arguments_of):
+    given = arguments_of(host.flake)
+    if any("/pytest-nixvm/standin/" in word for word in given):
+        pytest.skip("the stand-in for nixpkgs has no guest additions: they are NixOS' own")
+    command = [sys.executable, "-m", "pytest_nixvm.cli", "build", "additions-vm", "--toplevel"]
+    command += ["--flake", str(host.flake), *(word.replace("--nixvm-", "--") for word in given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=3600)
+    system = Path(done.stdout.strip())
+    for unit in ("virtualbox", "vmware"):
+        assert (system / "etc" / "systemd" / "system" / f"{unit}.service").exists()
+    for program in ("VBoxControl", "vmtoolsd"):
+        assert (system / "sw" / "bin" / program).exists()

@@ -1,4 +1,4 @@
-# A machine that shows what the options of the module `vm` come to; tests/vm/test_vm_options.py says
+# Machines that show what the options of the module `vm` come to; tests/vm/test_vm_options.py says
 # how. The test writes here.nix: what this host has.
 {
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-25.11";
@@ -22,7 +22,10 @@
     in
     {
       nixosConfigurations = machines {
-        names = [ "options-vm" ];
+        names = [
+          "options-vm"
+          "additions-vm"
+        ];
         directory = ./machines;
         make =
           { name, directory }:

@@ -18,13 +18,15 @@ let
   # Weaker than any other module's mkDefault, for whoever says something of disks knows better.
   suggest = lib.mkOverride 1200;
 
+  # nixpkgs' VMware image boots with EFI only, and systemd-boot is for EFI.
+  efi = cfg.backend == "vmware" || config.boot.loader.systemd-boot.enable;
+
   serial = "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8";
   screen = "console=tty0";
 
   grub = {
     qemu.devices = suggest [ "/dev/vda" ];
     virtualbox.devices = suggest [ "/dev/sda" ];
-    # nixpkgs' VMware image boots with EFI only.
     vmware = {
       devices = suggest [ "nodev" ];
       efiSupport = suggest true;
@@ -77,7 +79,7 @@ in
           fsType = "ext4";
           autoResize = true;
         };
-        fileSystems."/boot" = mkIf (cfg.backend == "vmware") (suggest {
+        fileSystems."/boot" = mkIf efi (suggest {
           device = "/dev/disk/by-label/ESP";
           fsType = "vfat";
         });

@@ -167,7 +167,8 @@ in
       '';
       description = ''
         Directories of the host that the guest has, too. Under VirtualBox and VMware it is the
-        folder of that name that their own settings share.
+        folder of that name that their own settings share. A machine that is frozen for its tests,
+        as pytest-nixvm does where they may not share a VM, has none: QEMU can't freeze a share.
       '';
     };
   };
