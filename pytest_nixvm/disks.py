@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import struct
@@ -151,4 +152,18 @@ def backing_file(disk: Path) -> Path | None:
             name = os.fsdecode(file.read(size))
     except OSError:
         return None
+    if name.startswith("json:"):  # a disk in an OVA: the file that it is in
+        name = _file_in(name.removeprefix("json:"))
     return disk.parent / name if name and ":" not in name else None
+
+
+def _file_in(text: str) -> str:
+    try:
+        node = json.loads(text)
+        while isinstance(node["file"], dict):
+            node = node["file"]
+            if "filename" in node:
+                return str(node["filename"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    return ""

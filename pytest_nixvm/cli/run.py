@@ -12,7 +12,7 @@ import click
 from pytest_nixvm import wishes
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
-from pytest_nixvm.disks import KeptDisk
+from pytest_nixvm.disks import KeptDisk, backing_file
 from pytest_nixvm.flake.build import Override
 from pytest_nixvm.use import Use, Wishes
 
@@ -75,6 +75,12 @@ def command(
     with KeptDisk(info.name, f"{flake}#{info.attribute}") as disk:
         wishes.check_free(wanted.forwards)
         build = context.catalogue.build(info.name)
+        below = backing_file(disk.path)
+        if build.image and below and not fresh and not below.is_relative_to(build.output):
+            notes.add(
+                f"{info.name}'s disk was made of an older image: the system on it is that one's. "
+                "--fresh begins anew, with the image as it is now."
+            )
         use = Use(
             build,
             disk,

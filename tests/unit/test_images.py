@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_nixvm.disks import backing_file
 from pytest_nixvm.errors import FlakeError, MissingProgramError
 from pytest_nixvm.flake import firmware, image_script
 from pytest_nixvm.flake.build import MachineInfo
@@ -175,6 +176,7 @@ def test_an_ova_s_disks_are_read_where_they_are(bench: Bench) -> None:
     argv = bench.start(image_script.make(ova, bench.qemu))
     assert content(bench.disk) == b"first"
     assert content(Path(f"{bench.disk}-1")) == b"second"
+    assert backing_file(bench.disk) == archive  # what `nixvm run` looks for
     assert sum(argument.startswith("ide-hd,") for argument in argv) == 2
     with_copy = guest(archive, format="ova", disk_format="vmdk", bus="sata", copied=True)
     bench.disk.unlink()

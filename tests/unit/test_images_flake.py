@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from pytest_nixvm.flake.build import VmBuild
 
 pytestmark = needs_nix
 
-LIB = Path(__file__).parents[1] / "standin/nixpkgs/lib"
+LIB = Path(os.environ.get("NIXVM_NIXPKGS_LIB") or Path(__file__).parents[1] / "standin/nixpkgs/lib")
 
 # As nixpkgs has it in nixos/modules/image/images.nix: each image is of the configuration, extended.
 SYSTEM = r"""
