@@ -9,7 +9,8 @@
     { ... }:
     {
       nixosModules = rec {
-        vm = ./modules/vm;
+        # Not the path alone: `nix flake check` of older versions takes that for no module.
+        vm.imports = [ ./modules/vm ];
         default = vm;
       };
 

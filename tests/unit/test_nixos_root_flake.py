@@ -98,7 +98,7 @@ def test_checks_look_at_a_machine_and_its_images(output: Callable[[str], Any]) -
 
 
 def test_the_library_is_the_one_beside_it(output: Callable[[str], Any]) -> None:
-    assert output("toString self.nixosModules.vm") == str(LIBRARY / "modules" / "vm")
+    assert output("map toString self.nixosModules.vm.imports") == [str(LIBRARY / "modules" / "vm")]
     assert output("builtins.attrNames self.lib == builtins.attrNames library") is True
     path = Path(output("toString self.templates.default.path"))
     assert (path / "flake.nix").is_file()
