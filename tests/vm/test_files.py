@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,14 +92,10 @@ def test_the_drivers_verbs(vm: Machine, tree: Path) -> None:
     assert (vm.output / "for" / "it").read_text() == "#!/bin/sh\n"
 
 
-def test_64_mib(vm: Machine, channel: str, tmp_path: Path) -> None:
-    data = os.urandom(1 << 20) * 64
+def test_what_is_larger_than_every_buffer(vm: Machine, channel: str, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 8
     (tmp_path / "big").write_bytes(data)
-    began = time.monotonic()
     vm.put(tmp_path / "big", "/dev/shm/big")
-    middle = time.monotonic()
     vm.get("/dev/shm/big", tmp_path / "back")
-    ended = time.monotonic()
     vm.succeed("rm /dev/shm/big")
     assert (tmp_path / "back").read_bytes() == data
-    print(f"{channel}: put {64 / (middle - began):.1f}, get {64 / (ended - middle):.1f} MiB/s")
