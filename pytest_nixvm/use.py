@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.qemu.accelerator import find_qemu
 from pytest_nixvm.settings import MachineRequest, Settings
-from pytest_nixvm.workshop import Workshop
+from pytest_nixvm.workshop import LEAST_FREE, Workshop
 
 if TYPE_CHECKING:
     from pytest_nixvm.guest.sshd import SshAccess
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 
 _REMIND = 60.0
 """Seconds of a power-down after which is said that it takes long."""
+
+_RETRY = 5.0
+"""Seconds after which is looked whether a full disk has room again."""
+
+_PATIENCE = 5.0
+"""Seconds that the agent of a guest has to show that it has not panicked, twice."""
+
+_PANIC = "Kernel panic - not syncing"
 
 _MOUNT = """
 mkdir -p "$2" || exit
@@ -103,7 +112,11 @@ class Use:
         self._stirred = threading.Event()  # something has happened that `wait` looks at
         self._rebooted = False
         self._boots = 1
+        self._suspect = False  # the console shows a panic, whosever it is
         self._panicked = False
+        self._full = False  # the disk under its own: QEMU has paused it
+        self._told_full = False
+        self._read = 0  # how far the console was looked through
         self._ended = False
         self._let_in: dict[str, SshAccess] = {}
 
@@ -147,6 +160,8 @@ class Use:
         self._workshop.started(machine)
         qemu = self._qemu = machine.qemu
         qemu.monitor.on_event(self._read_event)
+        self._read = machine.console.mark()
+        machine.console.on_output(self._read_console)
         qemu.process.on_exit(lambda _: self._stirred.set())
         machine.leave_to_person()
         for forward in wanted.forwards:
@@ -161,15 +176,21 @@ class Use:
         """
         assert self._qemu is not None  # noqa: S101 - for the type checker
         while True:
-            self._stirred.wait()
+            self._stirred.wait(_RETRY if self._full else None)
             self._stirred.clear()
             if self._qemu.process.returncode is not None:
                 return self._how_it_ended(self._qemu)
-            if self._panicked:
-                raise GuestPanicError(f"{self.name}'s kernel panicked.\n{self._console_tail()}")
+            if self._full:
+                self._go_on(self._qemu)
+            if self._suspect and not self._panicked and not self._rebooted:
+                # Anybody may print such a line; who has panicked runs no agent.
+                self._suspect = False
+                self._panicked = not self._answers()
             if self._rebooted:
-                self._rebooted = False
+                self._rebooted = self._suspect = self._panicked = False
                 self._again()
+            elif self._panicked:
+                raise GuestPanicError(f"{self.name}'s kernel panicked.\n{self._console_tail()}")
 
     def power_down(self) -> None:
         """Have the guest power off and wait for its end, however long it takes."""
@@ -303,9 +324,40 @@ class Use:
             self._rebooted = True
             self._boots += 1
             self._ready.clear()  # until `_again` has been there
+        elif event.name == "BLOCK_IO_ERROR" and event.data.get("nospace"):
+            self._full = True
         else:
             return
         self._stirred.set()
+
+    def _read_console(self) -> None:
+        assert self._machine is not None  # noqa: S101 - for the type checker
+        console = self._machine.console
+        # Once more from a little before what was read: a line may come in two parts.
+        text = console.text(max(0, self._read - len(_PANIC)))
+        self._read = console.mark()
+        if _PANIC in text:
+            self._suspect = True
+            self._stirred.set()
+
+    def _answers(self) -> bool:
+        assert self._machine is not None  # noqa: S101 - for the type checker
+        for _ in range(2):
+            with contextlib.suppress(NixvmError):
+                self._machine.agent.ping(timeout=_PATIENCE)
+                return True
+        return False
+
+    def _go_on(self, qemu: Qemu) -> None:
+        """Let a VM that was paused for want of room go on when there is some."""
+        place = self.disk.path.parent if self.disk is not None else qemu.spec.scratch
+        if shutil.disk_usage(place).free >= LEAST_FREE:
+            self._full = self._told_full = False
+            with contextlib.suppress(NixvmError):
+                qemu.resume()
+        elif not self._told_full:
+            self._told_full = True
+            self._say(f"The disk under {place} is full. {self.name} pauses until there is room.")
 
     def _how_it_ended(self, qemu: Qemu) -> str:
         cause = qemu.cause_of_death()

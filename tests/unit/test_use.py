@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_nixvm import use as module
 from pytest_nixvm.errors import AgentError, GuestPanicError, MachineError, QemuError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.qemu.monitor import Event
@@ -59,17 +60,34 @@ class Agent:
         self.scripts.append(argv[4:])
         return SimpleNamespace(ok=not self.fails, stderr=self.fails, returncode=32)
 
+    def ping(self, timeout):
+        if self.gone:
+            raise AgentError("no answer")
+
     def shutdown(self, mode):
         if self.gone:
             raise AgentError("no answer")
         self._qemu.process.returncode = 0
 
 
+class Console:
+    shown = "[  1.0] Kernel panic - not syncing: what happened\n"
+
+    def mark(self):
+        return len(self.shown)
+
+    def text(self, since):
+        return self.shown[since:]
+
+    def tail(self, lines):
+        return self.shown
+
+
 class Machine:
     def __init__(self, tmp_path, qemu):
         self.agent = Agent(qemu)
         self.spec = SimpleNamespace(console_log=tmp_path / "console.log")
-        self.console = SimpleNamespace(tail=lambda lines: "Kernel panic - not syncing")
+        self.console = Console()
         self.reconnected = 0
         self.users = []
 
@@ -130,6 +148,42 @@ def test_panic_is_told_with_the_console(use):
     happens(use, "GUEST_PANICKED")
     with pytest.raises(GuestPanicError, match=r"(?s)vm's kernel panicked.*not syncing"):
         use.wait()
+
+
+def test_panic_without_a_device_that_tells_is_read_from_the_console(use):
+    use._machine.agent.gone = True
+    use._read_console()
+    with pytest.raises(GuestPanicError, match="what happened"):
+        use.wait()
+
+
+def test_panic_that_somebody_reads_in_the_journal_is_none(use):
+    use._read_console()
+    ping = use._machine.agent.ping
+
+    def then_end(timeout):
+        ping(timeout)
+        ends(use, 0)
+
+    use._machine.agent.ping = then_end
+    assert use.wait() == "the guest shut down"
+
+
+def test_full_disk_pauses_it_until_there_is_room(use, monkeypatch):
+    free = [0, 0, 2**40]
+    resumed = []
+
+    def resume():
+        resumed.append(len(use.said))
+        ends(use, 0)
+
+    use._qemu.resume = resume
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    monkeypatch.setattr(module, "_RETRY", 0.01)
+    use._read_event(Event(1, "BLOCK_IO_ERROR", {"nospace": True}, 0.0))
+    use.wait()
+    assert use.said == ["The disk under / is full. vm pauses until there is room."]
+    assert resumed == [1]
 
 
 def test_reboot_mounts_the_shares_again(use):
