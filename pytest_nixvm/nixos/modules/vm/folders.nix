@@ -57,6 +57,7 @@ in
                   "trans=virtio"
                   "version=9p2000.L"
                   "msize=262144"
+                  "x-systemd.requires=modprobe@9pnet_virtio.service"
                   "ro"
                 ];
               };
