@@ -6,7 +6,6 @@ What nixpkgs makes of them can be seen only where it is: `nix flake check`.
 from __future__ import annotations
 
 import re
-import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from _nixos_library import LIBRARY, ROOT, SYSTEMS, evaluate
 
-pytestmark = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="nix is needed")
+pytestmark = pytest.mark.nix
 
 NAMES = Path(__file__).parent / "nixpkgs_names.nix"
 X86 = "x86_64-linux"
