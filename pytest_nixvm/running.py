@@ -90,17 +90,22 @@ def directory() -> Path:
     with warnings.catch_warnings():  # that there is no XDG_RUNTIME_DIR
         warnings.simplefilter("ignore")
         path = platformdirs.user_runtime_path("pytest-nixvm") / "running"
-    for each in (path.parent, path):
+    for each in (path.parent.parent, path.parent, path):
         try:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = each.lstat()
+            found = each.lstat() if each != path.parent.parent else each.stat()
         except OSError as error:
             raise SettingsError(
                 f"The list of running VMs, {path}, can't be kept: {error.strerror}. Set "
                 "XDG_RUNTIME_DIR to a directory of your own."
             ) from None
-        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-        if not ours or found.st_mode & 0o022:
+        # Whoever may replace what is in it could tell `nixvm ssh` what to run.
+        shared = found.st_mode & 0o022
+        if each == path.parent.parent:
+            safe = found.st_uid in (os.getuid(), 0) and not (shared and not found.st_mode & 0o1000)
+        else:
+            safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not shared
+        if not safe:
             raise SettingsError(
                 f"{each} is not a directory that only you may write to, so the list of running "
                 "VMs can't be kept there. Remove it, or set XDG_RUNTIME_DIR."

@@ -120,6 +120,17 @@ def test_directory_that_others_may_write_to_is_refused(runtime):
     assert running.running_names() == []
 
 
+def test_directory_above_that_others_may_write_to_is_refused(runtime, monkeypatch):
+    # As platformdirs gives it; newer ones take no such XDG_RUNTIME_DIR.
+    place = runtime / "pytest-nixvm"
+    monkeypatch.setattr(running.platformdirs, "user_runtime_path", lambda _: place)
+    runtime.chmod(0o777)
+    with pytest.raises(SettingsError, match="only you may write to"):
+        running.directory()
+    runtime.chmod(0o1777)  # as /tmp: others can't replace what is ours
+    running.directory()
+
+
 def test_link_in_the_place_of_the_directory_is_refused(runtime):
     (runtime / "elsewhere").mkdir()
     (runtime / "pytest-nixvm").symlink_to(runtime / "elsewhere")
