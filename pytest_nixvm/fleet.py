@@ -257,7 +257,7 @@ class Fleet(Changes, ByHand):
         """Note that somebody gets a machine; a spare was nobody's until then."""
         if machine not in self.started:
             self.started.append(machine)
-        MACHINES[machine.name] = machine
+        MACHINES[machine.name] = MACHINES[machine.build.name] = machine
         self.on_start(machine, shared)
 
     def _power(self, machine: Machine, shared: bool) -> Machine:

@@ -55,7 +55,7 @@ def describe(machine: Machine) -> Kept:
     except NixvmError as error:
         ssh = f"not possible: {str(error).splitlines()[0]}"
     return Kept(
-        machine.name,
+        machine.build.name,
         ssh,
         _terminal(qemu.console_socket),
         _talk(machine.spec.sockets / QMP_SOCKET),

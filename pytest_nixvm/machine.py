@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_nixvm.channels import Channels
 from pytest_nixvm.errors import MachineGoneError, OutOfMemoryError
 from pytest_nixvm.flake.build import VmBuild
+from pytest_nixvm.flake.images import plain
 from pytest_nixvm.guest.agent import Agent
 from pytest_nixvm.guest.boot import BootReport
 from pytest_nixvm.guest.console import Console
@@ -75,7 +76,7 @@ class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMoni
         snapshot: Callable[[Machine, str], Snapshot],
         end: Callable[[Machine], None],
     ) -> None:
-        self.name = build.name
+        self.name = plain(build.name) if build.image else build.name  # dev-vm, not dev-vm@qcow2
         self.build = build
         self.spec = spec
         self.output = output

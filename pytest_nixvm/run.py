@@ -231,7 +231,7 @@ class Run(Selection):
 
     def _account(self, machine: Machine) -> None:
         """Take a VM into the summary."""
-        self.timeline.add_waits(machine.name, machine.transcript.entries)
+        self.timeline.add_waits(machine.build.name, machine.transcript.entries)
         self.account.add(machine)
 
     def case(self, item: pytest.Item) -> Case:

@@ -28,20 +28,20 @@ class Account:
 
     def add(self, machine: Machine) -> None:
         """Take in a VM that is about to end."""
-        first = machine.name not in self.overrides
-        self.overrides[machine.name] = [
+        first = machine.build.name not in self.overrides
+        self.overrides[machine.build.name] = [
             f"{each.option} = {each.value} ({each.reason})" for each in machine.build.overrides
         ]
         if machine.template is not None:
             if machine.template.facts["entropy"] == NO_ENTROPY:
-                self.alike[machine.name] = None
+                self.alike[machine.build.name] = None
             if machine.woken_in > 0 and not machine.frozen:  # that one is no test's
-                self.cloned.setdefault(machine.name, []).append(machine.woken_in)
+                self.cloned.setdefault(machine.build.name, []).append(machine.woken_in)
             if not machine.boots:
                 return
         self.booted.append(
             {
-                "name": machine.name,
+                "name": machine.build.name,
                 "accelerator": machine.spec.accelerator.name,
                 "evaluated": machine.build.evaluated if first else 0.0,
                 "built": machine.build.built if first else 0.0,

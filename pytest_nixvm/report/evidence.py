@@ -120,7 +120,7 @@ class Evidence:
 def gather(mark: Mark, folder: Path, *, screenshot: bool) -> Evidence:
     """Fill `folder` with what a machine has to say of a test's time. Never raises."""
     machine = mark.machine
-    found = Evidence(machine.name, folder)
+    found = Evidence(machine.build.name, folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     deadline = Deadline(TIME)
     silent = ""
@@ -217,7 +217,9 @@ def said_by(units: str, unit: str) -> list[str]:
         if lines[at].split()[1:3] == [unit, "-"]:
             end = next((each for each in headings if each > at), len(lines))
             status = "\n".join(lines[at:end]).strip()
-            return status.partition("\n\n")[2].splitlines()[-SHOWN_JOURNAL:]
+            said = status.partition("\n\n")[2].splitlines()
+            # What systemd has to say of it is that it failed; why, it says itself.
+            return ([line for line in said if " systemd[1]: " not in line] or said)[-SHOWN_JOURNAL:]
     return []
 
 

@@ -72,12 +72,12 @@ def versions(settings: Settings, machines: list[Machine]) -> str:
     lines.append(f"flake: {settings.flake}")
     for machine in machines:
         build = machine.build
-        lines.append(f"{machine.name}: {build.toplevel or build.start_script}")
-        lines.append(f"{machine.name}: accelerator {machine.spec.accelerator.name}")
+        lines.append(f"{machine.build.name}: {build.toplevel or build.start_script}")
+        lines.append(f"{machine.build.name}: accelerator {machine.spec.accelerator.name}")
         if machine.qemu_version:
-            lines.append(f"{machine.name}: QEMU {'.'.join(map(str, machine.qemu_version))}")
+            lines.append(f"{machine.build.name}: QEMU {'.'.join(map(str, machine.qemu_version))}")
         lines += [
-            f"{machine.name}: not as configured: {each.option} = {each.value} ({each.reason})"
+            f"{machine.build.name}: not as configured: {each.option} = {each.value} ({each.reason})"
             for each in build.overrides
         ]
     return "\n".join(lines) + "\n"

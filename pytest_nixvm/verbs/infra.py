@@ -13,12 +13,16 @@ from pytest_nixvm.verbs.guest import Guest
 if TYPE_CHECKING:
     from testinfra.host import Host
 
+    from pytest_nixvm.flake.build import VmBuild
+
 MACHINES: WeakValueDictionary[str, Infra] = WeakValueDictionary()
 """The machines of this process by name, the newest of each: `nixvm://` finds them here."""
 
 
 class Infra(Guest):
     """Testinfra."""
+
+    build: VmBuild
 
     @abstractmethod
     def is_up(self) -> bool:
@@ -39,4 +43,4 @@ class Infra(Guest):
         from pytest_nixvm.infra import register
 
         register()
-        return testinfra.get_host(f"nixvm://{self.name}")
+        return testinfra.get_host(f"nixvm://{self.build.name}")

@@ -66,7 +66,7 @@ class Power(Guest):
                 # Each power-on has a log of its own: an old panic must not end a new boot.
                 log = self.output / f"console-{len(self.boots) + 1}.log"
                 self.spec = replace(self.spec, console_log=log)
-            step = self.progress.step(f"Booting {self.name}")
+            step = self.progress.step(f"Booting {self.build.name}")
             try:
                 deadline = Deadline(self._boot_timeout)
                 qemu = launch(
@@ -143,7 +143,7 @@ class Power(Guest):
             deadline = Deadline(timeout or self._boot_timeout)
             before = self._boot_id(on)
             mark, since = on.qemu.monitor.mark(), on.console.mark()
-            step = self.progress.step(f"{self.name}: {what}")
+            step = self.progress.step(f"{self.build.name}: {what}")
             on.health.close()
             try:
                 on.hang_up()
@@ -278,7 +278,7 @@ class Power(Guest):
                 return
             since = on.health.rebooted_at
             on.health.close()
-            step = self.progress.step(f"{self.name} reboots by itself")
+            step = self.progress.step(f"{self.build.name} reboots by itself")
             try:
                 self._ready_again(on, Deadline(self._boot_timeout), step, since)
             except BaseException as error:

@@ -23,7 +23,7 @@ def machine(name: str = "dev-vm", **more: Any) -> Any:
     overrides = (Override("services.qemuGuest.enable", "true", "the plugin asks the agent"),)
     values: dict[str, Any] = {
         "name": name,
-        "build": SimpleNamespace(overrides=overrides, evaluated=2.0, built=3.0),
+        "build": SimpleNamespace(name=name, overrides=overrides, evaluated=2.0, built=3.0),
         "template": None,
         "woken_in": 0.0,
         "boots": [SimpleNamespace(seconds=9.04, failed_units=())],

@@ -14,7 +14,7 @@ import pytest
 
 from pytest_nixvm import Fleet, Machine
 
-LOOK = "hello; findmnt -no SOURCE /; ip -4 -o addr; cat /proc/cmdline"
+LOOK = "hello; findmnt -no SOURCE,FSTYPE /; ip -4 -o addr; cat /proc/cmdline"
 
 every_format = pytest.mark.skipif(
     os.environ.get("NIXVM_TEST_IMAGES") != "all",
@@ -45,7 +45,7 @@ def test_a_qcow2_image_boots_on_virtio(qcow2: Machine) -> None:
     assert "Hello, world!" in seen  # a package, from the store on the disk
     assert "/dev/vda1" in seen
     assert "10.0.2.15/24" in seen
-    assert qcow2.succeed("hostname").strip() == "small"
+    assert qcow2.succeed("hostname").strip() == qcow2.name == "small"
     sectors = int(qcow2.succeed("cat /sys/block/vda/size"))
     assert sectors * 512 == 2048 << 20  # as image.modules.qemu has it
     assert qcow2.ssh.run(["id", "-un"]).stdout == "root\n"
