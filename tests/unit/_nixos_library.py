@@ -35,7 +35,8 @@ def standin(place: Path) -> Path:
     shutil.copytree(STANDIN / "nixpkgs", target)
     nowhere = {"url": "http://nowhere.invalid/package.deb", "sha256": "0" * 64}
     debs = dict.fromkeys(("linux", "busybox-static"), nowhere)
-    lock = {"debs": debs, "kernel": "linux", "base": [], "packages": {}}
+    packages: dict[str, list[str]] = {"git": [], "vim": []}
+    lock = {"debs": debs, "kernel": "linux", "base": [], "packages": packages}
     (target / "lock.json").write_text(json.dumps(lock))
     return target
 
