@@ -3,7 +3,7 @@
 .PHONY: help demo test bench setup clean
 
 help:
-	@echo "make demo    boot the example's two VMs and run its tests in them"
+	@echo "make demo    boot the example's machines and run its tests in them"
 	@echo "             STANDIN=1 or NIXPKGS=REF decide which nixpkgs they are made of"
 	@echo "make test    everything CI runs: lint, types, unit tests on each Python, VM tests"
 	@echo "make bench   figures, side by side with their limits; on a quiet machine"

@@ -68,14 +68,21 @@ def command(
     if names:
         if user is not None or keys or vms:
             raise click.UsageError("--user, --key and --vm are for a new flake: nixvm init DIR.")
-        _add(Path(flake).expanduser(), names, home=home, git=not no_git, as_json=as_json)
+        _add(_path(flake), names, home=home, git=not no_git, as_json=as_json)
         return
     if home:
         raise click.UsageError("--home is for a new VM: nixvm init vm NAME --home.")
     if len(words) > 1:
         raise click.UsageError("Which of them? nixvm init takes one directory, or: vm NAME...")
-    directory = Path(*words).expanduser() if words else Path()
+    directory = _path(words[0]) if words else Path()
     _begin(directory, user, keys, vms, git=not no_git, as_json=as_json)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # the home of somebody who is not here
+        raise SettingsError(f"{text}: {error}") from None
 
 
 def _new_vms(words: Sequence[str], flake: str) -> Sequence[str]:
@@ -149,7 +156,7 @@ def _person(user: str | None, files: Sequence[Path]) -> tuple[Person, list[Path]
     own = not files
     found = [*files]
     if own:
-        ssh = Path.home() / ".ssh"
+        ssh = Path(os.path.expanduser("~/.ssh"))  # noqa: PTH111 - Path's raises without a home
         found = sorted(path for path in ssh.glob("*.pub") if not path.name.endswith("-cert.pub"))
     lines: dict[str, None] = {}
     used = []

@@ -199,6 +199,8 @@ def test_where_the_list_is_something_else_the_line_is_said(run):
         (["vm", "web-vm"], "is no flake"),
         (["vm", "web-vm", "--flake", "/nowhere"], "There is no directory /nowhere"),
         (["vm", "web-vm", "--user", "carol"], "are for a new flake"),
+        (["~nobody-of-that-name/config"], "Could not determine home directory"),
+        (["vm", "web-vm", "--flake", "github:me/config"], "is the directory of a flake here"),
         (["--nonsense"], "No such option"),
     ],
 )
