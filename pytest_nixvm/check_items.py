@@ -85,7 +85,7 @@ def collect(run: Run, session: pytest.Session, wanted: Sequence[str] = ()) -> li
     With `wanted` only those that it names: node ids, or the beginnings of some. Raises
     `SettingsError` for names that mean nothing, and as the flake's evaluation does.
     """
-    machines = run.fleet.machines
+    machines = [*run.fleet.machines, *_images(run, wanted)]
     every = {each.name: _checks(run, each.name) for each in machines}
     off = parse_off(
         run.settings.check_off,
@@ -107,6 +107,16 @@ def collect(run: Run, session: pytest.Session, wanted: Sequence[str] = ()) -> li
     report = pytest.CollectReport(PREFIX, "passed", None, [*items])
     session.config.hook.pytest_collectreport(report=report)
     return items
+
+
+def _images(run: Run, wanted: Sequence[str]) -> list[MachineInfo]:
+    """Return the machines that boot from an image, where a check of one is named."""
+    from pytest_nixvm.flake.images import split
+
+    there = {machine.name for machine in run.fleet.machines}
+    named = dict.fromkeys(word.split("::")[1] for word in wanted if "::" in word)
+    found = [run.fleet.machine(name) for name in named if name not in there and split(name)[1]]
+    return [info for info in found if info is not None and info.image is not None]
 
 
 def select(items: Sequence[pytest.Item], wanted: Sequence[str]) -> list[pytest.Item]:

@@ -197,10 +197,15 @@ class Selection(ABC):
         if self.settings.flake is None:
             return
         testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
+        if "@" in text:
+            from pytest_nixvm.flake.images import NAMES
+
+            plain = [each.name for each in self.fleet.every_machine if each.skip is None]
+            testable += [f"{name}@{form}" for name in plain for form in NAMES]
         self._prepare(
             (name, None)
-            for name in testable
-            if re.search(rf"([\[+-]|::){re.escape(name)}([\]+-]|::)", text)
+            for name in dict.fromkeys(testable)
+            if re.search(rf"([\[+-]|::){re.escape(name)}(?!-efi)([\]+-]|::)", text)
         )
 
     def _prepare(self, needed: Iterable[tuple[str, MachineRequest | None]]) -> None:

@@ -49,6 +49,8 @@ _ALIASES = {
     "isoimage": "iso",
     "qemu-efi": "qcow2-efi",
 }
+NAMES = (*FORMATS, *(name for name in _ALIASES if name not in FORMATS))
+"""All that a format is called, besides nixpkgs' names of formats that are not booted."""
 
 
 @dataclass(frozen=True)

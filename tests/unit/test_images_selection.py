@@ -69,6 +69,9 @@ def test_a_reference_may_name_an_image(project: Project) -> None:
 def test_checks_are_for_images_too(project: Project) -> None:
     checks = project.collected("--nixvm-check", "--nixvm-machine=db@qcow2")
     assert "nixvm::db@qcow2::boots" in checks
+    assert project.collected("nixvm::db@qcow2::boots") == ["nixvm::db@qcow2::boots"]
+    assert "'floppy'" in project.mistake("nixvm::db@floppy")
+    assert "no check nixvm::dc@qcow2" in project.mistake("nixvm::dc@qcow2")
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["alone", "xdist"])
@@ -77,6 +80,8 @@ def test_a_flake_without_images_is_one_message(project: Project, apart: bool) ->
     text = project.mistake("--nixvm-machine=web@qcow2", *more, apart=apart)
     assert "There are no images of nixosConfigurations.web" in text
     assert "older than 25.05" in text
+    # So it is where only a test names it.
+    assert "There are no images of" in project.mistake("-k", "test_image", *more, apart=apart)
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["alone", "xdist"])
