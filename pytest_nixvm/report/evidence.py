@@ -41,7 +41,10 @@ _UPTIME = "read -r up rest </proc/uptime && echo $up"
 _UNITS = (
     "systemctl list-units --failed --no-pager --full; "
     "for unit in $(systemctl list-units --failed --plain --no-legend --full | cut -d' ' -f1); do "
-    'echo; systemctl status --no-pager --full --lines 50 "$unit"; done'
+    # The journal of the whole boot: status has that of the last start only, which may have been
+    # refused for those before.
+    'echo; systemctl status --no-pager --full --lines 0 "$unit"; '
+    'echo; journalctl --no-pager --quiet -b --lines 50 --unit "$unit"; done'
 )
 _GUEST = (
     "echo NixOS: $(cat /run/current-system/nixos-version 2>/dev/null || echo unknown); "

@@ -2,6 +2,7 @@
   ./accepted.nix
   ./environment.nix
   ./image/images.nix
+  ./image/standin-installed.nix
   ./misc.nix
   ./network.nix
   ./nix.nix
