@@ -79,11 +79,11 @@ class NixvmBackend(BaseBackend):  # type: ignore[misc]
     NAME = "nixvm"
 
     def __init__(self, hostspec: str, *args: Any, **kwargs: Any) -> None:
-        self._spec = self.parse_hostspec(hostspec)
-        image = f"{self._spec.user}@{self._spec.name}"
-        if image in MACHINES:  # dev-vm@qcow2, which is no user's name before a machine's
-            self._spec = self._spec._replace(name=image, user=None)
-        super().__init__(self._spec.name, *args, **kwargs)
+        spec = self.parse_hostspec(hostspec)
+        name, self._user = spec.name, spec.user
+        if f"{spec.user}@{spec.name}" in MACHINES:  # dev-vm@qcow2: no user before a machine
+            name, self._user = f"{spec.user}@{spec.name}", None
+        super().__init__(name, *args, **kwargs)
 
     def set_host(self, host: Host) -> None:
         """Give the host packages as NixOS has them."""
@@ -96,7 +96,7 @@ class NixvmBackend(BaseBackend):  # type: ignore[misc]
 
     def get_sudo_command(self, command: str, sudo_user: str | None) -> str:
         """Become another user: by runuser, or by sudo where commands do not run as root."""
-        if self._spec.user not in (None, "root"):
+        if self._user not in (None, "root"):
             return str(super().get_sudo_command(command, sudo_user))
         line = self.quote("runuser -u %s -- /bin/sh -c %s", sudo_user or "root", command)
         return str(line)
@@ -104,7 +104,7 @@ class NixvmBackend(BaseBackend):  # type: ignore[misc]
     def run(self, command: str, *args: str, **_: Any) -> CommandResult:
         """Run a command in the VM. Raises `MachineError` if no such VM runs."""
         text = self.get_command(command, *args)
-        result = self._machine().run(text, user=self._spec.user)
+        result = self._machine().run(text, user=self._user)
         return self.result(
             result.returncode, text.encode(), result.stdout_bytes, result.stderr_bytes
         )

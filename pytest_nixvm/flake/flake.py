@@ -9,7 +9,7 @@ from typing import Any
 
 from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError, NothingToTestError
 from pytest_nixvm.flake import explain, images
-from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
+from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
 from pytest_nixvm.flake.image_builds import ImageBuilds
@@ -18,8 +18,8 @@ from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
 from pytest_nixvm.flake.reference import FlakeReference, attribute_path, attribute_text
 from pytest_nixvm.flake.slirp import network_options
-from pytest_nixvm.flake.variant import RealSystem, Variant, let_go, secrets_of
-from pytest_nixvm.flake.words import listed, near, nix_list, nix_string, nix_value
+from pytest_nixvm.flake.variant import RealSystem, Variant, let_go, overrides_of, secrets_of
+from pytest_nixvm.flake.words import listed, near, nix_list, nix_string
 from pytest_nixvm.progress import Progress, Silent
 
 __all__ = ["Flake", "MachineInfo", "VmBuild"]
@@ -372,14 +372,7 @@ class Flake(ImageBuilds):
             output=output,
             toplevel=system.resolve() if system.exists() else None,
             system=plan.get("system") or info.system or self.nix.system,
-            overrides=tuple(
-                Override(
-                    attribute_text(o["option"]),
-                    o["shown"] if "shown" in o else nix_value(o["value"]),
-                    o["reason"],
-                )
-                for o in plan["overrides"]
-            ),
+            overrides=overrides_of(plan),
             freezable=plan["freezable"],
             evaluated=evaluated,
             built=built,

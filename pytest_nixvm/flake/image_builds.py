@@ -5,22 +5,20 @@ from __future__ import annotations
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pytest_nixvm.errors import FlakeError, MissingProgramError
 from pytest_nixvm.flake import image_script, images
-from pytest_nixvm.flake.build import MachineInfo, Override, Secret, VmBuild
+from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.evaluation import Evaluator
 from pytest_nixvm.flake.firmware import find_firmware
 from pytest_nixvm.flake.images import FORMATS, ImageBuild, ImageVariant
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.places import Cache
-from pytest_nixvm.flake.reference import attribute_text
 from pytest_nixvm.flake.slirp import network_options
-from pytest_nixvm.flake.variant import Variant, secrets_of
-from pytest_nixvm.flake.words import nix_value
+from pytest_nixvm.flake.variant import Variant, overrides_of, secrets_of
 
 QEMU = "qemu-system-x86_64"
 _MEMORY, _DISK_SIZE = 1024, 10240  # MiB, where the configuration says nothing
@@ -53,7 +51,7 @@ class ImageBuilds(ABC):
             file=images.file_of(plan),
             output=Path(plan["output"]),
             toplevel=_existing(plan["toplevel"]),
-            overrides=_overrides(plan),
+            overrides=overrides_of(plan),
             seconds=time.monotonic() - began if evaluated or built else 0.0,
         )
 
@@ -104,7 +102,7 @@ class ImageBuilds(ABC):
             output=Path(plan["output"]),
             toplevel=_existing(plan["toplevel"]),
             system=system,
-            overrides=_overrides(plan),
+            overrides=overrides_of(plan),
             freezable=freezable,
             evaluated=evaluated,
             built=built,
@@ -146,14 +144,3 @@ def _existing(path: str) -> Path | None:
 
 def _size(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else _DISK_SIZE
-
-
-def _overrides(plan: Mapping[str, Any]) -> tuple[Override, ...]:
-    return tuple(
-        Override(
-            attribute_text(o["option"]),
-            o["shown"] if "shown" in o else nix_value(o["value"]),
-            o["reason"],
-        )
-        for o in plan["overrides"]
-    )

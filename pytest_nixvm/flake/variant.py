@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from pytest_nixvm.errors import NotAVirtualMachineError
-from pytest_nixvm.flake.build import Secret
+from pytest_nixvm.flake.build import Override, Secret
 from pytest_nixvm.flake.places import Cache
+from pytest_nixvm.flake.reference import attribute_text
 from pytest_nixvm.flake.words import nix_list, nix_string, nix_value
 
 # Results that differ in a revision or in what they carry are rooted side by side, or sessions that
@@ -155,6 +156,18 @@ def secrets_of(found: Sequence[Mapping[str, Any]]) -> tuple[Secret, ...]:
             reload_units=tuple(one.get("reloadUnits") or ()),
         )
         for one in found
+    )
+
+
+def overrides_of(plan: Mapping[str, Any]) -> tuple[Override, ...]:
+    """Return what a plan changes in the configuration."""
+    return tuple(
+        Override(
+            attribute_text(o["option"]),
+            o["shown"] if "shown" in o else nix_value(o["value"]),
+            o["reason"],
+        )
+        for o in plan["overrides"]
     )
 
 

@@ -6,7 +6,9 @@ import pytest
 import testinfra
 
 from pytest_nixvm.errors import MachineError
+from pytest_nixvm.guest.result import CommandResult
 from pytest_nixvm.infra import register, split_name
+from pytest_nixvm.verbs.infra import MACHINES
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,18 @@ def test_a_machine_that_does_not_run_is_said() -> None:
     register()
     with pytest.raises(MachineError, match=r"nixvm://nobody.*running: none"):
         testinfra.get_host("nixvm://nobody").run("true")
+
+
+def test_a_machine_that_boots_from_an_image_is_no_user_of_a_host() -> None:
+    class Machine:
+        def is_up(self) -> bool:
+            return True
+
+        def run(self, command: str, *, user: str | None) -> CommandResult:
+            return CommandResult(command, 0, str(user).encode(), b"", 0.0, "shell")
+
+    register()
+    machine = Machine()
+    MACHINES["dev-vm@qcow2"] = machine  # type: ignore[assignment]
+    assert testinfra.get_host("nixvm://dev-vm@qcow2").check_output("id") == "None"
+    assert testinfra.get_host("nixvm://alice@dev-vm@qcow2").check_output("id") == "alice"
