@@ -49,6 +49,7 @@ def test_a_qcow2_image_boots_on_virtio(qcow2: Machine) -> None:
     sectors = int(qcow2.succeed("cat /sys/block/vda/size"))
     assert sectors * 512 == 2048 << 20  # as image.modules.qemu has it
     assert qcow2.ssh.run(["id", "-un"]).stdout == "root\n"
+    assert qcow2.host.check_output("id -un") == "root"
     assert "NixOS Stage 1" in qcow2.console.text()
 
 
