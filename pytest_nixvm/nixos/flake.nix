@@ -21,7 +21,8 @@
           path = ./layout;
           description = "Physical machines and VMs in one flake (`nixvm init` writes the same, and asks for names)";
           welcomeText = ''
-            The guide to it is AGENTS.md. The next steps:
+            The guide to it is AGENTS.md. Alice and her password are in lib/users.nix: write down who you
+            are instead. (`nixvm init` would have done so.) Then:
 
                 git init && git add .
                 pytest --nixvm-flake=.

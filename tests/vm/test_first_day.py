@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,17 @@ from pathlib import Path
 
 import pytest
 
+CAROL = """
+import pytest
+
+@pytest.mark.nixvm("shop-vm", user="carol")
+def test_carol_administers(ssh):
+    assert ssh.run("id -un; sudo -n id -un").stdout == "carol\\nroot\\n"
+
+def test_no_password_opens_an_account(vm):
+    accounts = vm.succeed("getent shadow root carol").splitlines()
+    assert all(line.split(":")[1] in ("!", "*", "!*") for line in accounts), accounts
+"""
 PYTHON = (sys.executable, "-m")
 NIXVM = (*PYTHON, "pytest_nixvm.cli")
 BOOT = "cat /proc/sys/kernel/random/boot_id"
@@ -33,7 +43,9 @@ class Day:
             "NIXVM_CACHE": str(tmp / "cache"),
         }
         (tmp / "home").mkdir()
-        self.done("init", str(self.config), "--vm", "shop-vm", "--user", "carol", in_=tmp)
+        self.done("init", str(self.config), "--vm", "web-vm", "--user", "carol", in_=tmp)
+        self.done("init", "vm", "shop-vm", "--home")
+        self.config.joinpath("tests", "test_carol.py").write_text(CAROL)
         # The stand-in has a nix in a guest where one is asked for; NixOS has it anyway.
         nix = "({ pkgs, ... }: { environment.systemPackages = [ pkgs.nix ]; })"
         self.edit("imports = [", f"imports = [\n    {nix}")
@@ -74,7 +86,8 @@ class Day:
         return result.stdout
 
     def test(self) -> subprocess.CompletedProcess[str]:
-        return self.type(*PYTHON, "pytest", "--nixvm-flake=.", "-p", "no:cacheprovider")
+        argv = ("--nixvm-flake=.", "--nixvm-machine=shop-vm", "-p", "no:cacheprovider")
+        return self.type(*PYTHON, "pytest", *argv)
 
     def server_says(self, command: str) -> list[str]:
         return self.done("ssh", "shop-vm@qcow2", command).split()
@@ -117,7 +130,7 @@ def day(tmp_path):
 def test_from_an_empty_directory_to_a_host_that_runs_what_was_tested(day: Day) -> None:
     passed = day.test()
     assert passed.returncode == 0, passed.stdout + passed.stderr
-    assert "3 passed" in passed.stdout
+    assert "5 passed" in passed.stdout
 
     day.edit(
         "openssh.enable",
@@ -144,8 +157,8 @@ def test_from_an_empty_directory_to_a_host_that_runs_what_was_tested(day: Day) -
     day.edit("ClientAliveIntervall", "ClientAliveInterval")
     mended = day.test()
     assert mended.returncode == 0, mended.stdout + mended.stderr
-    [row] = [line for line in day.done("list").splitlines() if line.startswith("shop-vm")]
-    assert re.search("running|3 tests passed", row)
+    [row] = [line for line in day.done("list").splitlines() if line.startswith("shop-vm ")]
+    assert "5 tests passed" in row
 
     deployed = day.type(*deploy)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
