@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -35,22 +36,31 @@ class Made:
 
 
 Make = Callable[[Context, MachineInfo], Made]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+with_names = click.argument(
+    "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_machines
+)
+
+
+def with_delivery(command: Command) -> Command:
+    """Give a command the options of `deliver`."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Write it for scripts.")
+    out_link = click.option(
+        "--out-link",
+        metavar="PATH",
+        type=click.Path(path_type=Path),
+        help="Link to what was built, as nix build has it (default: no link; the cache has one).",
+    )
+    return out_link(as_json(command))
 
 
 @click.command()
-@click.argument(
-    "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_machines
-)
+@with_names
 @with_flake
 @click.option("--toplevel", is_flag=True, help="The real machine's system, not its VM.")
 @click.option("--image", "image_format", metavar="FORMAT", help="An image: qcow2, raw, iso, …")
-@click.option(
-    "--out-link",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    help="Link to what was built, as nix build has it (default: no link; the cache has one).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Write what was built for scripts.")
+@with_delivery
 def command(
     context: Context,
     names: Sequence[str],

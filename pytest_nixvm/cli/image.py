@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pytest_nixvm.cli import HelpfulGroup
-from pytest_nixvm.cli.build import deliver, make_image
+from pytest_nixvm.cli.build import deliver, make_image, with_delivery, with_names
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json, table
@@ -41,9 +41,7 @@ def _complete_formats(
 
 
 @command.command()
-@click.argument(
-    "names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_machines
-)
+@with_names
 @with_flake
 @click.option(
     "--format",
@@ -52,13 +50,7 @@ def _complete_formats(
     shell_complete=_complete_formats,
     help=f"{', '.join(FORMATS)}, or another one that nixpkgs has (default: {_DEFAULT}).",
 )
-@click.option(
-    "--out-link",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    help="Link to what was built, as nix build has it (default: no link; the cache has one).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Write what was built for scripts.")
+@with_delivery
 def build(
     context: Context,
     names: Sequence[str],
