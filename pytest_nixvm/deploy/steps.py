@@ -204,7 +204,10 @@ class Deploy:
     def _facts(self) -> Facts:
         try:
             return self._host.facts()
-        except DeployError as error:  # remote.sh itself can't run, or is gone: as good as no answer
+        except DeployError as error:  # as good as no answer
+            # A host that was restarted has lost remote.sh, as all that was in /run.
+            with contextlib.suppress(SshError, DeployError):
+                self._host.upload()
             raise SshError(str(error)) from None
 
     def _confirm(self) -> None:

@@ -160,6 +160,7 @@ def test_host_that_was_restarted_meanwhile_is_said_to_run_the_old_one(host, fake
         fake.kill()
         fake.ended()
         shutil.rmtree(fake.root / "run/nixvm-deploy")
+        (fake.root / "run/nixvm-deploy.sh").unlink()
         (fake.root / "run/current-system").unlink()
         (fake.root / "run/current-system").symlink_to(fake.old)
 

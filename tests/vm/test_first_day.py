@@ -92,9 +92,14 @@ class Day:
     def server_says(self, command: str) -> list[str]:
         return self.done("ssh", "shop-vm@qcow2", command).split()
 
-    def server_reboots(self) -> None:
+    def until_server_says(self, command: str, words: str) -> None:
+        end = time.monotonic() + 120
+        while (saw := self.type(*NIXVM, "ssh", "shop-vm@qcow2", command)).stdout.strip() != words:
+            assert time.monotonic() < end, saw.stdout + saw.stderr
+
+    def server_reboots(self, command: str = "systemctl reboot") -> None:
         begun = self.server_says(BOOT)
-        self.server_says("systemctl reboot")
+        self.server_says(command)
         end = time.monotonic() + 120
         # Until it is down, sshd still answers, or closes what comes in.
         while True:
@@ -159,6 +164,24 @@ def test_from_an_empty_directory_to_a_host_that_runs_what_was_tested(day: Day) -
     assert mended.returncode == 0, mended.stdout + mended.stderr
     [row] = [line for line in day.done("list").splitlines() if line.startswith("shop-vm ")]
     assert "5 tests passed" in row
+
+    # The power fails while the server waits to be told that all is well.
+    with subprocess.Popen(
+        [*deploy, "--check", "false", "--timeout", "300"],
+        env=day.env,
+        cwd=day.config,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as cut:
+        try:
+            day.until_server_says("cat /run/nixvm-deploy/state", "waiting")
+            day.server_reboots("systemd-run sh -c 'echo b >/proc/sysrq-trigger'")
+            _, said_of_it = cut.communicate(timeout=120)
+        finally:
+            cut.kill()
+    assert cut.returncode == 1, said_of_it
+    assert "was not switched to shop-vm" in said_of_it
+    assert day.server_says(f"readlink -f {RUNNING}") == installed
 
     deployed = day.type(*deploy)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
