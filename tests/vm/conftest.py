@@ -72,6 +72,14 @@ def pytest_configure_node(node) -> None:
     node.workerinput["standin"] = (node.config.stash[ARGUMENTS], options)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not the user's: nobody deploys these machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def arguments(pytestconfig: pytest.Config) -> list[str]:
     """The pytest arguments that make VMs of the stand-in, for the example."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_nixvm.tested import Tested as Records  # or pytest takes it for a test
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -85,6 +87,10 @@ def test_two_workers(run):
     assert "4 passed" in output
     assert "dev-vm: 2 clones" in output
     assert "test-vm: 2 clones" in output
+    # What the workers' tests used is known here, for nixvm deploy.
+    tested = {test: how for each in Records().records() for test, (how, _) in each.tests.items()}
+    for machine in ("dev-vm", "test-vm"):
+        assert tested[f"test_every_machine.py::test_sshd[{machine}]"] == "passed"
 
 
 def test_without_the_plugin(run):
