@@ -26,10 +26,7 @@ def test_nix_builds_it_and_its_script_runs_it(
             *(flags.get(word, word) for word in arguments),
         ],
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "NIX_CONFIG": f"{os.environ.get('NIX_CONFIG', '')}\n{Nix.find().config}",
-        },
+        env={**os.environ, "NIX_CONFIG": f"{given}\n{Nix.find().config}"},
         check=True,
         timeout=300,
     )
