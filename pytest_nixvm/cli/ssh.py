@@ -27,6 +27,13 @@ def complete_running(
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+_OPTIONS = (
+    # What ssh says of itself is of no use to anybody here, errors aside.
+    *("-o", "LogLevel=ERROR"),
+    # A guest that is cut off in the middle of it never answers: QEMU took the connection for it.
+    *("-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=6"),
+)
+
 flake_option = click.option(
     "--flake",
     metavar="REF",
@@ -82,9 +89,7 @@ def command(
     if only_print:
         click.echo(shlex.join(["ssh", *argv]))
         return
-    # What ssh says of itself is of no use to anybody here, errors aside.
-    options = ["-o", "LogLevel=ERROR", *(["-t"] if tty else [])]
-    _become([str(program), *options, *argv, *words])
+    _become([str(program), *_OPTIONS, *(["-t"] if tty else []), *argv, *words])
 
 
 def _become(argv: Sequence[str]) -> None:
