@@ -135,12 +135,15 @@ def test_a_failed_unit_is_shown_with_its_last_words():
     units = (
         "  UNIT LOAD ACTIVE SUB DESCRIPTION\n● a.service loaded failed failed a - b\n\n"
         "× a.service - what it is\n     Loaded: loaded\n\n"
-        "Nov 24 vm sh[1]: one\nNov 24 vm sh[1]: two\n\n"
-        "× aa.service - another\n     Loaded: loaded\n"
+        "Nov 24 vm sh[1]: one\nNov 24 vm sh[1]: two\n"
+        "Nov 24 vm systemd[1]: a.service: Start request repeated too quickly.\n\n"
+        "× aa.service - another\n     Loaded: loaded\n\n"
+        "× c.service - a third\n     Loaded: loaded\n\nNov 24 vm systemd[1]: c.service: Failed.\n"
     )
     assert said_by(units, "a.service") == ["Nov 24 vm sh[1]: one", "Nov 24 vm sh[1]: two"]
     assert said_by(units, "aa.service") == []
     assert said_by(units, "b.service") == []
+    assert said_by(units, "c.service") == ["Nov 24 vm systemd[1]: c.service: Failed."]
 
 
 def test_the_journal_begins_with_the_test():
