@@ -22,6 +22,7 @@ from pytest_nixvm.flake.flake import Flake
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.reference import FlakeReference
 from pytest_nixvm.flake.revision import base_reference
+from pytest_nixvm.image_machine import start_script
 from pytest_nixvm.output import Output
 from pytest_nixvm.progress import Progress, Silent
 from pytest_nixvm.settings import Generations, Settings
@@ -100,6 +101,7 @@ class Catalogue:
                     progress=self.progress,
                     logs=self.out.shared("nix"),
                     label="" if text == self.settings.flake else text,
+                    image_script=start_script,
                 )
             return self._flakes[text]
 

@@ -12,7 +12,7 @@ from pytest_nixvm.flake import explain, images
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
 from pytest_nixvm.flake.evaluation import MACHINES, Evaluator
-from pytest_nixvm.flake.image_builds import ImageBuilds
+from pytest_nixvm.flake.image_builds import ImageBuilds, StartScript
 from pytest_nixvm.flake.naming import candidates, no_such_attribute
 from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, log_file
@@ -36,6 +36,7 @@ class Flake(ImageBuilds):
     is a directory that outlives the session; results are rooted there, and what an unchanged
     flake gave is remembered there. `logs`, if given, gets the output of evaluations and builds.
     Timeouts are in seconds. `label` tells it from another flake of the session in what is shown.
+    `image_script` makes what starts a machine from its image; without it none can be built so.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Flake(ImageBuilds):
         evaluation_timeout: float = 600,
         build_timeout: float = 7200,
         label: str = "",
+        image_script: StartScript | None = None,
     ) -> None:
         self.reference = reference
         self._label = f" ({label})" if label else ""
@@ -67,6 +69,7 @@ class Flake(ImageBuilds):
             logs=logs,
             timeout=evaluation_timeout,
         )
+        self._start_script = image_script
         self._machines: tuple[MachineInfo, ...] | None = None
 
     def machines(self) -> tuple[MachineInfo, ...]:

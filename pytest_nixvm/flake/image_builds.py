@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import FlakeError, MissingProgramError
-from pytest_nixvm.flake import image_script, images
+from pytest_nixvm.errors import FlakeError
+from pytest_nixvm.flake import images
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.evaluation import Evaluator
-from pytest_nixvm.flake.firmware import find_firmware
-from pytest_nixvm.flake.images import FORMATS, ImageBuild, ImageVariant
+from pytest_nixvm.flake.images import FORMATS, ImageBuild, ImageMachine, ImageVariant
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.flake.places import Cache
 from pytest_nixvm.flake.slirp import network_options
 from pytest_nixvm.flake.variant import Variant, overrides_of, secrets_of
 
-QEMU = "qemu-system-x86_64"
-_MEMORY, _DISK_SIZE = 1024, 10240  # MiB, where the configuration says nothing
+StartScript = Callable[[ImageMachine], str]
+"""Makes the program that starts a machine from its image; raises `UserError`."""
 
 
 class ImageBuilds(ABC):
@@ -30,6 +28,7 @@ class ImageBuilds(ABC):
     nix: Nix
     _cache: Cache
     _evaluator: Evaluator
+    _start_script: StartScript | None
 
     def image(self, name: str, format: str) -> ImageBuild:
         """Build a machine's image, or find that this was done before.
@@ -66,39 +65,37 @@ class ImageBuilds(ABC):
 
     def _image_vm(self, info: MachineInfo, freezable: bool, secrets: Sequence[Secret]) -> VmBuild:
         """Build the VM that boots from a machine's image. Raises as `Flake.build`."""
-        form = FORMATS[str(info.image)]
-        variant = ImageVariant(secrets=tuple(secrets), image=form.variant, adapted=True)
+        if self._start_script is None:
+            raise TypeError("this Flake was made without `image_script`: it starts no images")
+        wanted = FORMATS[str(info.image)].variant
+        variant = ImageVariant(secrets=tuple(secrets), image=wanted, adapted=True)
         plan, evaluated, built = self._made(info, variant)
-        qemu = plan["hardware"]["qemu"]
         if plan["qemu"] is not None:  # the package that the machine's own VM has
             _, _, fetched = self._made(info, variant, "qemu")
             built += fetched
         system = plan["system"] or info.system or self.nix.system
         if system != "x86_64-linux":
             raise FlakeError(f"{info.name}: only images for x86_64-linux are booted, not {system}.")
-        program = _program(qemu)
-        file = images.file_of(plan)
-        script = image_script.make(
-            image_script.Guest(
-                name=plan["hardware"]["name"],
-                image=file,
+        hardware = plan["hardware"]
+        script = self._start_script(
+            ImageMachine(
+                name=info.name,
+                host=hardware["name"],
+                image=images.file_of(plan),
                 format=str(info.image),
-                disk_format=form.disk,
-                bus=form.bus,
-                memory=plan["hardware"]["memory"] or _MEMORY,
-                cores=plan["hardware"]["cores"] or 1,
-                disk_size=_size(plan["hardware"]["diskSize"]),
-                graphics=plan["hardware"]["graphics"],
-                firmware=find_firmware(program, info.name) if plan["efi"] else None,
-                # A disk in a format that QEMU can't freeze is copied into one that it can.
-                copied=freezable and form.disk == "vmdk",
-            ),
-            program,
+                memory=hardware["memory"],
+                cores=hardware["cores"],
+                disk_size=_size(hardware["diskSize"]),
+                graphics=hardware["graphics"],
+                efi=plan["efi"],
+                qemu=None if hardware["qemu"] is None else Path(hardware["qemu"]),
+                freezable=freezable,
+            )
         )
         return VmBuild(
             name=info.name,
             attribute=info.attribute,
-            start_script=self._cache.script(f"run-{plan['hardware']['name']}-vm", script),
+            start_script=self._cache.script(f"run-{hardware['name']}-vm", script),
             output=Path(plan["output"]),
             toplevel=_existing(plan["toplevel"]),
             system=system,
@@ -124,23 +121,10 @@ class ImageBuilds(ABC):
     ) -> tuple[dict[str, Any], float, float]: ...
 
 
-def _program(package: str | None) -> Path:
-    """Return the QEMU of a package, or of this computer. Raises `MissingProgramError`."""
-    if package is not None and (Path(package) / "bin" / QEMU).exists():
-        return Path(package) / "bin" / QEMU
-    found = shutil.which(QEMU)
-    if found is None:
-        raise MissingProgramError(
-            f"{QEMU} is not on PATH, and the machine's VM names no other QEMU. Install QEMU "
-            "(Debian: qemu-system-x86, NixOS: pkgs.qemu)."
-        )
-    return Path(found)
-
-
 def _existing(path: str) -> Path | None:
     # Where the image was fetched, what it was made of need not be here.
     return Path(path) if Path(path).exists() else None
 
 
-def _size(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else _DISK_SIZE
+def _size(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None  # "auto"

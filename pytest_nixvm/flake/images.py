@@ -66,6 +66,26 @@ class ImageBuild:
     seconds: float = 0.0  # spent evaluating and building, 0 if it was there
 
 
+@dataclass(frozen=True)
+class ImageMachine:
+    """A machine that boots from its image, as far as nix knows. Sizes in MiB; None: it is not said.
+
+    What starts it is not made here: that takes a QEMU.
+    """
+
+    name: str  # dev-vm@qcow2
+    host: str  # what it calls itself
+    image: Path
+    format: str
+    memory: int | None
+    cores: int | None
+    disk_size: int | None
+    graphics: bool
+    efi: bool
+    qemu: Path | None  # the package that the machine's own VM has
+    freezable: bool
+
+
 # --- names -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pytest_nixvm.flake import Flake, FlakeReference, Nix
+from pytest_nixvm.image_machine import start_script
 
 needs_nix = pytest.mark.nix
 
@@ -166,7 +167,12 @@ class Workshop:
         return self.tmp / "logs"
 
     def flake(self, text: str | Path, **more: object) -> Flake:
-        options: dict[str, object] = {"cache": self.cache, "logs": self.logs, **more}
+        options: dict[str, object] = {
+            "cache": self.cache,
+            "logs": self.logs,
+            "image_script": start_script,
+            **more,
+        }
         if "nix" not in options:
             options["nix"] = Nix.find(options=self.options)
         reference = options.pop("reference", None) or FlakeReference.parse(str(text), self.tmp)

@@ -12,13 +12,13 @@ import pytest
 
 from pytest_nixvm.disks import backing_file
 from pytest_nixvm.errors import FlakeError, MissingProgramError
-from pytest_nixvm.flake import firmware, image_script
 from pytest_nixvm.flake.build import MachineInfo
-from pytest_nixvm.flake.firmware import Firmware, find_firmware
-from pytest_nixvm.flake.image_script import Guest
 from pytest_nixvm.flake.images import find, known_as, matching, offered, variant_of
+from pytest_nixvm.qemu import firmware, image_script
 from pytest_nixvm.qemu.accelerator import find_qemu
 from pytest_nixvm.qemu.drives import drives
+from pytest_nixvm.qemu.firmware import Firmware, find_firmware
+from pytest_nixvm.qemu.image_script import Guest
 from pytest_nixvm.qemu.spec import configured_memory
 
 DEV = MachineInfo("dev-vm", "nixosConfigurations.dev-vm", "x86_64-linux")

@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from pytest_nixvm.errors import FlakeError
-from pytest_nixvm.flake.firmware import Firmware
+from pytest_nixvm.qemu.firmware import Firmware
 
 _SECTOR = 512
 

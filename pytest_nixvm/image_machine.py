@@ -1,0 +1,52 @@
+"""How a machine is started from its image: what nix knows of it, on the QEMU that there is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pytest_nixvm.errors import MissingProgramError
+from pytest_nixvm.flake.images import FORMATS, ImageMachine
+from pytest_nixvm.qemu import image_script
+from pytest_nixvm.qemu.firmware import find_firmware
+
+QEMU = "qemu-system-x86_64"
+_MEMORY, _CORES, _DISK_SIZE = 1024, 1, 10240  # MiB, where the configuration says nothing
+
+
+def start_script(machine: ImageMachine) -> str:
+    """Return the script that starts a machine from its image.
+
+    Raises:
+        FlakeError: an image that has no disk in it.
+        MissingProgramError: no QEMU, or no EFI firmware for it.
+    """
+    form = FORMATS[machine.format]
+    program = _program(machine.qemu)
+    guest = image_script.Guest(
+        name=machine.host,
+        image=machine.image,
+        format=machine.format,
+        disk_format=form.disk,
+        bus=form.bus,
+        memory=machine.memory or _MEMORY,
+        cores=machine.cores or _CORES,
+        disk_size=machine.disk_size or _DISK_SIZE,
+        graphics=machine.graphics,
+        firmware=find_firmware(program, machine.name) if machine.efi else None,
+        # A disk in a format that QEMU can't freeze is copied into one that it can.
+        copied=machine.freezable and form.disk == "vmdk",
+    )
+    return image_script.make(guest, program)
+
+
+def _program(package: Path | None) -> Path:
+    if package is not None and (package / "bin" / QEMU).exists():
+        return package / "bin" / QEMU
+    found = shutil.which(QEMU)
+    if found is None:
+        raise MissingProgramError(
+            f"{QEMU} is not on PATH, and the machine's VM names no other QEMU. Install QEMU "
+            "(Debian: qemu-system-x86, NixOS: pkgs.qemu)."
+        )
+    return Path(found)
