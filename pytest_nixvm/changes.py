@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from pytest_nixvm.deployments import NO_BASE, Deployments
 from pytest_nixvm.errors import ChangeError
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 class Changes(Deployments, ABC):
     """Deployments of which VMs can be had."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._candidates: WeakKeyDictionary[Machine, str] = WeakKeyDictionary()
 
     @abstractmethod
     def _request(
@@ -74,8 +79,20 @@ class Changes(Deployments, ABC):
         from pytest_nixvm.change import Change
 
         name, base = machine.name, machine.build
+        self._candidates[machine] = candidate
         new = self.candidate(name, candidate, base, boot_loader=request.boot_loader)
         deployed = request.generations.base if request.generations is not None else candidate
         return Change(
             machine, base, new, partial(self.difference, name, deployed, candidate, base, new)
         )
+
+    def is_under_test(self, machine: Machine) -> bool:
+        """Whether a test of this machine is one of the flake as it is.
+
+        It is not where a generation runs that is to be changed to another one: a revision, or a
+        flake of the test's own.
+        """
+        candidate = self._candidates.get(machine)
+        if candidate is None:
+            return not machine.build.carries
+        return candidate == self.under_test

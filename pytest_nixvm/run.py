@@ -239,9 +239,12 @@ class Run(Selection):
         return self.cases.setdefault(item.nodeid, Case(item.nodeid))
 
     def machines_of(self, item: pytest.Item) -> list[str]:
-        """Return the names of the machines that a test has used so far."""
+        """Return the names of the machines that a test vouches for: those it has used so far."""
         case = self.cases.get(item.nodeid)
-        return sorted({mark.machine.name for mark in case.marks}) if case is not None else []
+        if case is None:
+            return []
+        used = [mark.machine for mark in case.marks]
+        return sorted({each.name for each in used if self.fleet.is_under_test(each)})
 
     def used(self, item: pytest.Item, machine: Machine, *, fresh: bool) -> None:
         """Take note that a test uses a machine from now on."""
