@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from pytest_nixvm import memory
-from pytest_nixvm.errors import NixvmError
+from pytest_nixvm.errors import MissingProgramError, NixvmError
 from pytest_nixvm.qemu.accelerator import KVM_DEVICE, choose
+from pytest_nixvm.qemu.firmware import find_firmware
 
 State = Literal["ok", "warn", "fail"]
 
@@ -29,12 +30,6 @@ OLDEST_QEMU = (7, 2)
 _GIB = 2**30
 _TIMEOUT = 30  # seconds that a program may take to say what it is
 
-# What QEMU's own packages, Debian and Fedora call the firmware for UEFI guests.
-_FIRMWARE = (
-    "/usr/share/OVMF/OVMF_CODE*.fd",
-    "/usr/share/edk2/*/OVMF_CODE*.fd",
-    "/usr/share/AAVMF/AAVMF_CODE*.fd",
-)
 _SOCKET_PATH = 107  # bytes, without the closing zero: unix(7)
 _BELOW = 60  # what a session puts behind the temporary directory, at most
 
@@ -140,20 +135,21 @@ def qemu(found: Path | None, name: str) -> Finding:
 
 
 def firmware(found: Path | None) -> Finding:
-    """Look for the firmware that images with UEFI boot from."""
-    beside = [] if found is None else [found.resolve().parent.parent / "share" / "qemu"]
-    places = [path for folder in beside for path in sorted(folder.glob("edk2-*-code.fd"))]
-    places += [path for text in _FIRMWARE for path in sorted(Path("/").glob(text[1:]))]
-    if places:
-        return Finding("UEFI firmware", "ok", str(places[0]))
-    return Finding(
-        "UEFI firmware",
-        "warn",
-        "none was found beside QEMU or in /usr/share",
-        "Images of the formats qcow2-efi and raw-efi can't be booted.",
-        (("NixOS", "pkgs.qemu brings it; or environment.systemPackages = [ pkgs.OVMF.fd ];"),
-         ("Debian", "sudo apt-get install ovmf")),
-    )  # fmt: skip
+    """Look for the firmware that images with EFI boot from."""
+    try:
+        chips = find_firmware(found or Path("/usr/bin/qemu"), "")
+    except MissingProgramError:
+        return Finding(
+            "EFI firmware",
+            "warn",
+            "none was found beside QEMU or on this computer",
+            "Images of the formats vmdk, qcow2-efi and raw-efi can't be booted.",
+            (
+                ("NixOS", "pkgs.qemu brings it"),
+                ("Debian", "sudo apt-get install ovmf"),
+            ),
+        )
+    return Finding("EFI firmware", "ok", str(chips.code))
 
 
 def program(name: str, arguments: Sequence[str], meaning: str, package: str) -> Finding:

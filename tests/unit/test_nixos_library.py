@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from _nixos_library import SYSTEMS, EvaluationFailed, evaluate
 
+from pytest_nixvm.flake.images import FORMATS
+
 pytestmark = pytest.mark.nix
 
 Value = Callable[[str], Any]
@@ -231,3 +233,7 @@ def test_apps_and_checks(nix: Value) -> None:
     assert found["dev-vm"]["program"].endswith("/bin/run-machine-vm")
     found = nix(f"let {HOSTS} in builtins.mapAttrs (_: builtins.attrNames) (library.checks hosts)")
     assert found == {"x86_64-linux": ["dev-vm", "laptop"], "aarch64-linux": ["arm-vm"]}
+
+
+def test_formats_have_the_same_names_in_nix_and_in_the_command(nix: Value) -> None:
+    assert nix("library.formats") == {name: each.variant for name, each in FORMATS.items()}
