@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
-from pathlib import Path
 
 from pytest_nixvm.deploy.host import DeployError, Host
 from pytest_nixvm.errors import FlakeError
@@ -19,10 +17,7 @@ _COPY_TIMEOUT = 7200.0
 
 def closure(nix: Nix, toplevel: str) -> list[str]:
     """Return the store paths that a system needs. Raises `FlakeError`."""
-    program = nix.program.parent / "nix-store"
-    if not program.exists():
-        program = Path(shutil.which("nix-store") or program)
-    ended = process.run([str(program), "--query", "--requisites", toplevel], timeout=300)
+    ended = process.run([str(nix.store_program), "--query", "--requisites", toplevel], timeout=300)
     if ended.returncode != 0:
         raise FlakeError(f"{toplevel}: nix-store can't say what it needs.")
     return ended.stdout.decode().split()
@@ -39,16 +34,13 @@ def copy(nix: Nix, host: Host, toplevel: str, progress: Progress, *, substitutes
         argv += ["--substitute-on-destination"]
     given = os.environ.get("NIX_SSHOPTS", "")
     options = shlex.join(host.ssh_options)  # nix splits it at blanks, or as a shell does
-    extra = {"NIX_SSHOPTS": f"{given} {options}".strip()}
-    if nix.config:
-        extra["NIX_CONFIG"] = f"{os.environ.get('NIX_CONFIG', '')}\n{nix.config}\n"
     lines: list[str] = []
     step = progress.step(f"Copying to {host.target}")
     try:
         ended = process.run(
             argv,
             timeout=_COPY_TIMEOUT,
-            env=process.environment(extra),
+            env=nix.environment({"NIX_SSHOPTS": f"{given} {options}".strip()}),
             on_line=lines.append,
             stop=signal.SIGTERM,
         )

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,12 @@ class Nix:
         return f"{_MACHINES.get(machine, machine)}-{platform.system().lower()}"
 
     @property
+    def store_program(self) -> Path:
+        """The `nix-store` that belongs to it."""
+        program = self.program.parent / "nix-store"
+        return program if program.exists() else Path(shutil.which("nix-store") or program)
+
+    @property
     def pure(self) -> bool:
         """Whether an evaluation can only see what is given to it."""
         config = os.environ.get("NIX_CONFIG", "")
@@ -200,11 +206,8 @@ class Nix:
         it in 2.8. `derivation` may also be an output path that is there; then only the root is
         made. Raises NixFailure.
         """
-        program = self.program.parent / "nix-store"
-        if not program.exists():
-            program = Path(shutil.which("nix-store") or program)
         what = f"{derivation}!{output}" if output else derivation
-        argv = [str(program), "--realise", what, "--add-root", str(root)]
+        argv = [str(self.store_program), "--realise", what, "--add-root", str(root)]
         if self.offline:
             argv += ["--option", "substitute", "false"]
         # On SIGTERM nix stops its builders, on SIGKILL what they started would stay behind.
@@ -250,7 +253,7 @@ class Nix:
             ended = process.run(
                 argv,
                 timeout=timeout,
-                env=self._environment(),
+                env=self.environment(),
                 cwd=Path("/"),
                 on_line=log.feed,
                 stop=stop,
@@ -273,11 +276,12 @@ class Nix:
                 if option == name:
                     raise SettingsError(f"--nixvm-nix-option {option} {value}: nix says: {text}.")
 
-    def _environment(self) -> dict[str, str]:
-        if not self.config:
-            return process.environment()
-        given = os.environ.get("NIX_CONFIG", "")
-        return process.environment({"NIX_CONFIG": f"{given}\n{self.config}\n"})
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the variables for a nix command: this process's, what nix needs here, `extra`."""
+        more = dict(extra or {})
+        if self.config:
+            more["NIX_CONFIG"] = f"{os.environ.get('NIX_CONFIG', '')}\n{self.config}\n"
+        return process.environment(more)
 
 
 def _which() -> Path | None:

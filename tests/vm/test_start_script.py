@@ -17,7 +17,6 @@ def test_nix_builds_it_and_its_script_runs_it(
     arguments: list[str], flake_copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
     machine = f"{flake_copy('example')}#nixosConfigurations.test-vm"
-    given = os.environ.get("NIX_CONFIG", "")
     flags = {"--nixvm-override-input": "--override-input", "--nixvm-nix-option": "--option"}
     subprocess.run(
         [
@@ -26,7 +25,7 @@ def test_nix_builds_it_and_its_script_runs_it(
             *(flags.get(word, word) for word in arguments),
         ],
         cwd=tmp_path,
-        env={**os.environ, "NIX_CONFIG": f"{given}\n{Nix.find().config}"},
+        env=Nix.find().environment(),
         check=True,
         timeout=300,
     )
