@@ -176,7 +176,8 @@ def test_what_is_prepared_is_handed_on_as_it_was_asked_for(pytester: pytest.Pyte
             assert 0
         """
     )
-    done = pytester.runpytest_inprocess("-s")
+    # A process of its own: what is replaced here stays replaced.
+    done = pytester.runpytest_subprocess("-s")
     done.assert_outcomes(passed=1, failed=1)
     asked = "ASKED web with_data " + str(
         {"depends": ("14",), "memory": 512, "cores": None, "network": "nat"}
