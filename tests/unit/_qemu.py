@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +80,55 @@ cd "$TMPDIR"
 def executable(script: Path) -> Path:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
+
+
+# --- a QEMU to ask ---
+
+
+class Refused(Exception):
+    """What QEMU said instead of doing it."""
+
+
+class Asked:
+    """A QEMU with its monitor on its standard streams."""
+
+    def __init__(self, argv: tuple[str, ...], log: Path) -> None:
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.log = log
+        self.statuses: list[str] = []  # of migrations, as they were told
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: object) -> object:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"execute": command, "arguments": arguments}))
+        self.process.stdin.flush()
+        while True:
+            said = self._read()
+            if "error" in said:
+                raise Refused(said["error"]["desc"])
+            if "return" in said:
+                return said["return"]
+
+    def migrate(self, command: str, uri: str, *capabilities: str) -> None:
+        """Begin, and wait until it is done: a QEMU that quits in its midst may abort."""
+        names = [{"capability": each, "state": True} for each in ("events", *capabilities)]
+        self.execute("migrate-set-capabilities", capabilities=names)
+        self.execute(command, uri=uri)
+        while "completed" not in self.statuses:
+            assert "failed" not in self.statuses
+            self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        said: dict[str, Any] = json.loads(line)
+        if said.get("event") == "MIGRATION":
+            self.statuses.append(said["data"]["status"])
+        return said
 
 
 # --- processes ---

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
-from _qemu import QEMU, needs_qemu
+from _qemu import QEMU, Asked, Refused, needs_qemu
 
 from pytest_nixvm.qemu.blockers import DEVICE, SHARES, Blocker, explain, found, ram_only
 from pytest_nixvm.qemu.replay import ram_arguments
@@ -210,27 +210,23 @@ def test_the_second_choice_is_known_from_the_words() -> None:
 # --- asked ---
 
 
-def refusals(*arguments: str) -> list[str]:
+def refusals(log: Path, *arguments: str) -> list[str]:
     """What QEMU gives as reasons when it is to save its state."""
-    commands = [
-        {"execute": "qmp_capabilities"},
-        {"execute": "migrate", "arguments": {"uri": "exec:cat >/dev/null"}},
-        {"execute": "query-migrate"},
-        {"execute": "quit"},
-    ]
-    ended = subprocess.run(
-        [str(QEMU), "-nodefaults", "-display", "none", "-S", "-m", "32", "-qmp", "stdio",
-         *arguments],
-        input="\n".join(map(json.dumps, commands)),
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    answers = [json.loads(line) for line in ended.stdout.splitlines()]
-    said = [each["error"]["desc"] for each in answers if "error" in each]
-    for each in answers:
-        if isinstance(each.get("return"), dict):
-            said += each["return"].get("blocked-reasons", [])
-    return said
+    assert QEMU is not None
+    qemu = Asked(
+        (QEMU, "-nodefaults", "-display", "none", "-S", "-m", "32", "-qmp", "stdio", *arguments),
+        log,
+    )
+    try:
+        blocked = cast("dict[str, list[str]]", qemu.execute("query-migrate"))
+        try:
+            qemu.migrate("migrate", "exec:cat >/dev/null")
+        except Refused as error:
+            return [str(error), *blocked.get("blocked-reasons", [])]
+        return blocked.get("blocked-reasons", [])
+    finally:
+        qemu.process.kill()
+        qemu.process.communicate()
 
 
 @needs_qemu
@@ -257,7 +253,7 @@ def test_qemus_own_words_are_understood(
     for image in images:
         subprocess.run(["qemu-img", "create", "-qf", Path(image).name, image, "1M"], check=True)
     argv = [each.format(*images) for each in arguments]
-    reasons = refusals(*argv)
+    reasons = refusals(tmp_path / "log", *argv)
     if not reasons and "nvme" in arguments[-1]:
         pytest.skip("this QEMU can freeze an nvme disk")
     blockers = [explain(reason, ("qemu", *argv)) for reason in reasons]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from _qemu import QEMU, needs_qemu
+from _qemu import QEMU, Asked, needs_qemu
 
 from pytest_nixvm.qemu.replay import clone_argv, memory_of, ram_arguments
 
@@ -243,40 +242,6 @@ def test_what_can_not_become_a_clone() -> None:
 # --- QEMU's opinion ---
 
 
-class Running:
-    """A QEMU with its monitor on its standard streams."""
-
-    def __init__(self, argv: tuple[str, ...], log: Path) -> None:
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        self.log = log
-        self.execute("qmp_capabilities")
-
-    def execute(self, command: str, **arguments: object) -> object:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"execute": command, "arguments": arguments}))
-        self.process.stdin.flush()
-        return self.wait("return")
-
-    def wait(self, key: str, value: object = None) -> object:
-        """Read on to the answer, or to the migration's status `value`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            said = json.loads(line)
-            assert "error" not in said, said
-            if key in said and (value is None or said["data"].get("status") == value):
-                return said[key]
-        raise AssertionError(self.log.read_text())
-
-    def migrate(self, command: str, uri: str, *capabilities: str) -> None:
-        names = [{"capability": each, "state": True} for each in ("events", *capabilities)]
-        self.execute("migrate-set-capabilities", capabilities=names)
-        self.execute(command, uri=uri)
-        self.wait("event", "completed")
-
-
 def version() -> tuple[int, int, int]:
     said = subprocess.run([str(QEMU), "--version"], capture_output=True, text=True, check=True)
     match = re.search(r"version (\d+)\.(\d+)\.(\d+)", said.stdout)
@@ -296,9 +261,9 @@ def test_qemu_loads_a_frozen_state_into_two_clones_at_once(tmp_path: Path, in_fi
         "-chardev", f"file,id=f,path={tmp_path}/log", *ram_arguments(32, ram),
     )  # fmt: skip
     capability = ("x-ignore-shared",) if in_file else ()
-    running: list[Running] = []
+    running: list[Asked] = []
     try:
-        running.append(Running(argv, tmp_path / "err"))
+        running.append(Asked(argv, tmp_path / "err"))
         running[0].migrate("migrate", f"exec:cat >{state}", *capability)
         running[0].process.kill()
         running[0].process.wait()
@@ -317,7 +282,7 @@ def test_qemu_loads_a_frozen_state_into_two_clones_at_once(tmp_path: Path, in_fi
                 ram=ram if in_file else None,
                 qemu_version=version(),
             )
-            running.append(Running(clone, place / "err"))
+            running.append(Asked(clone, place / "err"))
             running[-1].migrate("migrate-incoming", f"exec:cat {state}", *capability)
             running[-1].execute("cont")
             assert (place / "log").exists()
