@@ -6,6 +6,7 @@ shown as it is, without trace, with the paths of the user's own files.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, tail
 from pytest_nixvm.flake.fingerprint import tracked_problem
 from pytest_nixvm.flake.messages import Log, NixError, store_name
 from pytest_nixvm.flake.nix import NixFailure
+from pytest_nixvm.flake.remember import MODULES
 
 # A flake's files as nix names them: a copy in the store or, in newer versions, not copied.
 _SOURCE = re.compile(r"(?P<root>/nix/store/[0-9a-z]{32}-source)(?P<inner>/[^\s'\"»:,;)]*)?")
@@ -85,6 +87,7 @@ def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
     error = failure.log.error
     known = (
         _disk_full(error, failure.log)
+        or _broken_lock(error, subject)
         or _missing_file(error, subject)
         or _store(error)
         or _unreachable(error, failure.log, subject)
@@ -93,6 +96,11 @@ def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
     )
     if known is not None:
         return known
+    derivation, how = _culprit(failure.log)
+    if derivation:  # import from derivation
+        name = store_name(derivation)
+        text = f"Evaluating {subject.what} takes a build that fails: {name} {_failed(how)}."
+        return EvaluationError(text + _end_of_log(failure.log, derivation))
     return EvaluationError(f"Nix can't evaluate {subject.what}:\n{_render(error, subject)}")
 
 
@@ -106,23 +114,31 @@ def build_failed(failure: NixFailure, subject: Subject, log_file: Path | None) -
     known = _disk_full(log.error, log) or _store(log.error)
     if known is not None:
         return known
-    derivation, how = "", ""
-    for error in log.errors:  # the first is the cause, the others depend on it
-        for pattern in _BUILDER_FAILED:
-            found = pattern.search(error.text)
-            if found and not derivation and "dependenc" not in found["how"]:
-                derivation, how = found["drv"], found["how"].strip()
+    derivation, how = _culprit(log)
     if not derivation:
         text = f"Nix can't build {subject.what}:\n{_render(log.error, subject)}"
     else:
         text = f"Building {subject.what} failed: {store_name(derivation)} {_failed(how)}."
-        lines = log.logs.get(derivation)
-        if lines:
-            text += "\nIts log ends so:\n" + _indent(tail("\n".join(lines), 25))
-        text += f"\nThe derivation: {derivation} (nix log {derivation})"
+        text += _end_of_log(log, derivation)
     if log_file is not None:
         text += f"\nThe whole log: {log_file}"
     return BuildError(text)
+
+
+def _culprit(log: Log) -> tuple[str, str]:
+    """Return the derivation that could not be built, "" if it is not that, and how it ended."""
+    for error in log.errors:  # the first is the cause, the others depend on it
+        for pattern in _BUILDER_FAILED:
+            found = pattern.search(error.text)
+            if found and "dependenc" not in found["how"]:
+                return found["drv"], found["how"].strip()
+    return "", ""
+
+
+def _end_of_log(log: Log, derivation: str) -> str:
+    lines = log.logs.get(derivation)
+    text = "\nIts log ends so:\n" + _indent(tail("\n".join(lines), 25)) if lines else ""
+    return f"{text}\nThe derivation: {derivation} (nix log {derivation})"
 
 
 def shorten(text: str, lines: int = _LONGEST) -> str:
@@ -142,6 +158,29 @@ def _disk_full(error: NixError, log: Log) -> FlakeError | None:
             return FlakeError(
                 f"The disk is full: {line.removeprefix('error:').strip()}\n"
                 "Make room (`nix-collect-garbage` frees what nix no longer needs) and try again."
+            )
+    return None
+
+
+def _broken_lock(error: NixError, subject: Subject) -> FlakeError | None:
+    """A flake.lock that is no JSON, often after a merge; nix says no file's name."""
+    if not re.search(r"json|lock file", error.text):
+        return None
+    for tree in subject.trees:
+        file = tree.folder / "flake.lock"
+        try:
+            text = file.read_text(errors="replace")
+        except OSError:
+            continue
+        try:
+            json.loads(text)
+        except ValueError as problem:
+            why = f"it is no JSON: {problem}"
+            if re.search(r"^<{7}", text, re.MULTILINE):
+                why = "a merge has left its conflict in it"
+            return FlakeError(
+                f"{file} can't be read: {why}.\nRestore it (git -C {tree.folder} checkout HEAD "
+                "flake.lock), or remove it: `nix flake lock` makes a new one."
             )
     return None
 
@@ -335,7 +374,7 @@ def _of(subject: Subject) -> str:
 def _render(error: NixError, subject: Subject) -> str:
     """Nix's own message, its place in the user's file, and the lines around it."""
     text = _local_paths(error.text, subject)
-    if error.file:
+    if error.file and not _is_ours(error.file):
         place = _local_paths(error.file, subject)
         text += f"\nat {place}:{error.line}:{error.column}:"
         excerpt = re.findall(r"^\s*\d*\|.*$", error.full, re.MULTILINE)
@@ -351,6 +390,12 @@ def _render(error: NixError, subject: Subject) -> str:
     if "infinite recursion" in text:
         text += "\nSome value is defined by itself; `nix eval --show-trace` shows the way round."
     return _indent(shorten(text))
+
+
+def _is_ours(file: str) -> bool:
+    """Whether it is the copy of a file of flake/modules: no place where a user could mend it."""
+    copy = _SOURCE.fullmatch(file)
+    return copy is not None and _equal(MODULES / (copy["inner"] or "").strip("/"), Path(file))
 
 
 def _local_paths(text: str, subject: Subject) -> str:

@@ -110,6 +110,38 @@ def test_evaluation_errors_are_nix_own_words_at_the_users_place(
     assert "/nix/store" not in message
 
 
+def test_a_build_that_the_evaluation_takes_shows_its_log(shop: Workshop) -> None:
+    builder = 'builder = "/bin/sh"; args = [ "-c" "echo no such tool; exit 3" ]'
+    generated = f'derivation {{ name = "generated"; system = "x86_64-linux"; {builder}; }}'
+    flake = write(shop.tmp / "f", outputs(f"{{ config.system.build.vm = import ({generated}); }}"))
+    message = refusal(shop, flake)
+    assert "takes a build that fails: generated failed with exit code 3." in message
+    assert "Its log ends so:\n    no such tool\nThe derivation: /nix/store/" in message
+
+
+def test_machines_that_are_no_set(shop: Workshop) -> None:
+    flake = write(shop.tmp / "f", "{ outputs = { self }: { nixosConfigurations = x: x; }; }")
+    message = refusal(shop, flake)
+    assert "its nixosConfigurations are no set of machines, but a lambda" in message
+    assert "target.nix" not in message
+
+
+@pytest.mark.parametrize(
+    ("lock", "why"),
+    [
+        ("{\n<<<<<<< HEAD\n=======\n>>>>>>> other\n}", "a merge has left its conflict in it."),
+        ('{ "nodes": {', "it is no JSON: "),
+    ],
+)
+def test_a_lock_file_that_can_not_be_read(shop: Workshop, lock: str, why: str) -> None:
+    flake = write(shop.tmp / "f", outputs("{ }"))
+    (flake / "flake.lock").write_text(lock)
+    message = refusal(shop, flake)
+    assert f"{flake}/flake.lock can't be read: {why}" in message
+    assert "`nix flake lock` makes a new one" in message
+    assert len(message.splitlines()) == 2
+
+
 def test_a_long_message_is_cut_in_the_middle(shop: Workshop) -> None:
     lines = 'builtins.genList (n: "line ${toString n}.") 500'
     body = f'throw (builtins.concatStringsSep "\\n" ({lines}))'
