@@ -14,7 +14,7 @@ from pytest_nixvm.cli.build import deliver, make_image, with_delivery, with_name
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json, table
-from pytest_nixvm.flake.images import FORMATS, split
+from pytest_nixvm.flake.images import FORMATS, known_as, split
 
 _DEFAULT = "qcow2"
 
@@ -62,11 +62,18 @@ def build(
 
     They are what the configuration says and nothing else. NAME may have the format: dev-vm@ova.
     """
-    given = {text for _, text in map(split, names) if text is not None}
-    if len(given | ({image_format} if image_format else set())) > 1:
+    apart = [_apart(context, name) for name in names]
+    given = {known_as(text) for text in (image_format, *(form for _, form in apart)) if text}
+    if len(given) > 1:
         raise click.UsageError("That is more than one format: build them one after the other.")
-    make = partial(make_image, image_format=image_format or (given or {_DEFAULT}).pop())
-    deliver(context, names, make, out_link=out_link, as_json=as_json)
+    make = partial(make_image, image_format=(given or {_DEFAULT}).pop())
+    deliver(context, [name for name, _ in apart], make, out_link=out_link, as_json=as_json)
+
+
+def _apart(context: Context, name: str) -> tuple[str, str | None]:
+    """Return a machine's name and its format, which need be none that could be booted."""
+    machine = next((each for each in context.catalogue.every_machine if each.name == name), None)
+    return split(name) if machine is None else (name, machine.image)
 
 
 @command.command()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import FlakeError
 from pytest_nixvm.flake import images
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.evaluation import Evaluator
@@ -73,9 +72,6 @@ class ImageBuilds(ABC):
         if plan["qemu"] is not None:  # the package that the machine's own VM has
             _, _, fetched = self._made(info, variant, "qemu")
             built += fetched
-        system = plan["system"] or info.system or self.nix.system
-        if system != "x86_64-linux":
-            raise FlakeError(f"{info.name}: only images for x86_64-linux are booted, not {system}.")
         hardware = plan["hardware"]
         script = self._start_script(
             ImageMachine(
@@ -98,7 +94,7 @@ class ImageBuilds(ABC):
             start_script=self._cache.script(f"run-{hardware['name']}-vm", script),
             output=Path(plan["output"]),
             toplevel=_existing(plan["toplevel"]),
-            system=system,
+            system=plan["system"] or info.system or self.nix.system,
             overrides=overrides_of(plan),
             freezable=freezable,
             evaluated=evaluated,

@@ -192,12 +192,21 @@ class ImageVariant(Variant):
         )
 
     def check(self, plan: Mapping[str, Any], what: str) -> None:
-        """Raise `FlakeError` where there is no such image."""
+        """Raise `FlakeError` where there is no such image, or none that could be booted."""
         if not plan.get("noImage"):
+            if self.adapted:
+                _check_bootable(plan, what)
             return
         variants: list[str] | None = plan["images"]
         if variants is None:
             raise FlakeError(f"{what} is no NixOS configuration: there are no images of it.")
+        if not variants and plan["own"]:
+            raise FlakeError(
+                f"{what} is an image itself: a module that it imports makes its "
+                "config.system.build.image, and nixpkgs has no other images of such a machine. "
+                "Build that one with nix build, or leave the module out: system.build.images "
+                "needs none."
+            )
         if not variants:
             raise FlakeError(
                 f"There are no images of {what}: its nixpkgs is older than 25.05, and has no "
@@ -208,6 +217,17 @@ class ImageVariant(Variant):
         raise FlakeError(
             f"There is no image of {what} in the format {asked!r}{near(asked.lower(), formats)} "
             f"There are: {listed(formats, 40)}."
+        )
+
+
+def _check_bootable(plan: Mapping[str, Any], what: str) -> None:
+    system = plan["system"] or "x86_64-linux"
+    if system != "x86_64-linux":
+        raise FlakeError(f"{what}: only images for x86_64-linux are booted, not {system}.")
+    if Path(plan["filePath"] or "").suffix in _COMPRESSED:
+        raise FlakeError(
+            f"The image of {what} is compressed ({Path(plan['filePath']).name}), and nothing boots "
+            "from that. Turn it off: for an ISO, isoImage.compressImage in image.modules.iso."
         )
 
 
@@ -223,4 +243,7 @@ def file_of(plan: Mapping[str, Any]) -> Path:
     raise FlakeError(f"What was built is no image that is understood: {file} is not there.")
 
 
-_SUFFIXES = frozenset({"qcow2", "img", "raw", "iso", "ova", "vmdk", "vhd", "vhdx", "xz", "zst"})
+_SUFFIXES = frozenset(
+    {"qcow2", "img", "raw", "iso", "ova", "vmdk", "vdi", "vhd", "vhdx", "gz", "xz", "zst"}
+)
+_COMPRESSED = frozenset({".gz", ".xz", ".zst", ".bz2"})

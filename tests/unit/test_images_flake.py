@@ -14,6 +14,7 @@ from _flake import OPTIONS, Seen, Workshop, evaluations, git, needs_nix
 from pytest_nixvm.cli import main
 from pytest_nixvm.errors import FlakeError, NothingToTestError, UserError
 from pytest_nixvm.flake.build import VmBuild
+from pytest_nixvm.flake.images import ImageMachine
 
 pytestmark = needs_nix
 
@@ -69,12 +70,13 @@ let
     azure = disk "disk.vhd" "cp what $out/disk.vhd";
     strange = disk "nothing" "";
   };
-  imaging = { extendModules, ... }: {
+  imaging = { config, extendModules, ... }: {
+    options.image.modules = anything { };
     config.system.build.images = builtins.mapAttrs
       (_: module: let inherit (extendModules { modules = [ module ]; }) config; in
         config.system.build.image
         // { passthru = { inherit config; inherit (config.image) filePath; }; })
-      variants;
+      (if config.system.build ? image then { } else variants // config.image.modules);
   };
 in lib.evalModules { modules = [ system ] ++ (if images then [ imaging ] else [ ]) ++ modules; }
 """
@@ -96,8 +98,8 @@ def write_machine(shop: Workshop, settings: str = "", *, images: bool = True) ->
     (flake / "system.nix").write_text(SYSTEM)
     (flake / "flake.nix").write_text(
         "{ outputs = { self }: { nixosConfigurations.vm = import ./system.nix { "
-        f"images = {str(images).lower()}; modules = [ {{ networking.hostName = "
-        f'"{shop.host}"; {settings} }} ]; }};'
+        f"images = {str(images).lower()}; modules = [ ({{ lib, ... }}: {{ networking.hostName = "
+        f'"{shop.host}"; {settings} }}) ]; }};'
         "  packages.x86_64-linux.thing = derivation "
         '{ name = "thing"; system = "x86_64-linux"; builder = "/bin/sh"; }; }; }'
     )
@@ -164,6 +166,16 @@ def test_without_images_the_reason_is_told(shop: Workshop) -> None:
         shop.flake(f"{path}#thing").image("thing", "qcow2")
 
 
+def test_a_machine_that_is_an_image_itself_has_no_others(shop: Workshop) -> None:
+    path = write_machine(shop, "system.build.image = null;")
+    assert shop.flake(path).images("vm") == []
+    with pytest.raises(FlakeError) as raised:
+        shop.flake(path).image("vm", "qcow2")
+    assert "nixosConfigurations.vm" in str(raised.value)
+    assert "is an image itself" in str(raised.value)
+    assert "older" not in str(raised.value)
+
+
 # --- machines that boot from one ------------------------------------------------------------------
 
 
@@ -212,6 +224,56 @@ def test_one_that_is_to_be_frozen_has_no_disk_that_qemu_can_not_freeze(shop: Wor
     assert "convert -f vmdk -O qcow2" in frozen.start_script.read_text()
     plain, clone = flake.build("vm@qcow2"), flake.build("vm@qcow2", freezable=True)
     assert plain.start_script == clone.start_script
+
+
+MEDIUM = """
+image.modules.iso = {{
+  options.image.filePath = lib.mkOption {{ default = "iso/nixos.{suffix}"; }};
+  options.isoImage.makeBiosBootable = lib.mkOption {{ default = {bios}; }};
+  config.system.build.image = derivation {{
+    name = "image"; system = "{system}"; builder = "/bin/sh";
+    args = [ "-ec" "PATH=/usr/bin:/bin; mkdir -p $out/iso; touch $out/iso/nixos.{suffix}" ];
+  }};
+}};
+"""
+
+
+def medium(
+    suffix: str = "iso", *, bios: bool = True, system: str = "x86_64-linux", more: str = ""
+) -> str:
+    """An image like that of nixpkgs' iso-image.nix."""
+    return more + MEDIUM.format(suffix=suffix, bios=str(bios).lower(), system=system)
+
+
+@pytest.mark.parametrize("bios", [True, False])
+def test_a_medium_that_no_bios_boots_is_booted_with_efi(shop: Workshop, bios: bool) -> None:
+    machines: list[ImageMachine] = []
+
+    def script(machine: ImageMachine) -> str:
+        machines.append(machine)
+        return "#!/bin/sh"
+
+    path = write_machine(shop, medium(bios=bios))
+    build = shop.flake(path, image_script=script).build("vm@iso")
+    assert [machine.efi for machine in machines] == [not bios]
+    assert machines[0].image == build.output / "iso/nixos.iso"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (medium("iso.zst"), r"is compressed \(nixos\.iso\.zst\).*isoImage\.compressImage"),
+        (medium(system="aarch64-linux"), "only images for x86_64-linux are booted"),
+    ],
+)
+def test_an_image_that_can_not_be_booted_is_not_built_for_that(
+    shop: Workshop, settings: str, message: str
+) -> None:
+    path = write_machine(shop, settings)
+    seen = Seen()
+    with pytest.raises(FlakeError, match=message):
+        shop.flake(path, progress=seen).build("vm@iso")
+    assert not any(title.startswith("Building") for title in seen.titles)
 
 
 def test_a_reference_names_an_image(shop: Workshop) -> None:
@@ -284,6 +346,9 @@ def test_build_prints_the_image(nixvm: Command, tmp_path: Path) -> None:
     (made,) = json.loads(out)
     assert (status, made["name"], made["kind"], made["overrides"]) == (0, "vm", "ova", [])
     assert nixvm("build", "vm", "--image", "ova")[1].strip() == made["path"]
+    assert nixvm("image", "build", "vm@ova", "--format", "virtualbox")[1].strip() == made["path"]
+    # A format need not be one that is booted.
+    assert nixvm("image", "build", "vm@azure")[1].strip().endswith("/disk.vhd")
 
 
 def test_formats_are_those_that_there_are(nixvm: Command) -> None:
@@ -304,7 +369,7 @@ def test_formats_are_those_that_there_are(nixvm: Command) -> None:
         (["vm", "--format", "iso"], "There are: qcow2, ova"),
         (["vm@ova", "--format", "qcow2"], "more than one format"),
         (["wm"], "has no machine 'wm'. Its machines: vm"),
-        (["vm@floppy"], "There are: qcow2, raw"),
+        (["vm@floppy"], "There are: qcow2, ova, azure"),
         ([], "Missing argument"),
     ],
 )

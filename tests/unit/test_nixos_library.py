@@ -193,6 +193,8 @@ def test_an_image_by_the_name_of_its_format(nix: Value) -> None:
     assert text.count("iso") == 1
     old = '{ config = { networking.hostName = "old"; system.build = { }; }; }'
     assert "older than 25.05" in said(nix, f'library.image {old} "iso"')
+    own = "{ config.system.build = { image = null; images = { }; }; }"
+    assert "this machine is an image itself" in said(nix, f'library.image {own} "iso"')
 
 
 def test_a_size_is_a_number_and_its_unit(nix: Value) -> None:

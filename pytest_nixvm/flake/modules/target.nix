@@ -2,7 +2,7 @@
 { target }:
 let
   inherit (builtins) attrNames concatMap elemAt filter genList head isAttrs length mapAttrs tail
-    unsafeDiscardStringContext;
+    typeOf unsafeDiscardStringContext;
 
   overrides = import ./overrides.nix;
   interface = import ./interface.nix;
@@ -35,6 +35,11 @@ let
     if paths == [ ] then null
     else if has (head paths) target then head paths
     else firstOf (tail paths);
+
+  # The flake's machines of a kind.
+  machines = output:
+    let found = target.${output} or { }; in
+    if isAttrs found then found else throw "its ${output} are no set of machines, but a ${typeOf found}";
 
   kindOf = value:
     if isDerivation value then "derivation" else if isNixos value then "nixos" else "other";
@@ -227,8 +232,8 @@ let
       overrides = map shown found.needed;
       filePath = image.passthru.filePath or (built.image.filePath or null);
       toplevel = unsafeDiscardStringContext built.system.build.toplevel.outPath;
-      # Only disk-image.nix has an option for it.
-      efi = built.image.efiSupport or (variant == "vmware");
+      # disk-image.nix and iso-image.nix have options for it.
+      efi = built.image.efiSupport or (variant == "vmware" || !(built.isoImage.makeBiosBootable or true));
       network = interface.find config;
       secrets = if adapted then secret.find config secrets else [ ];
     } // (if !adapted then { } else {
@@ -248,8 +253,8 @@ in
   source = target.outPath;
 
   names = {
-    nixos = attrNames (target.nixosConfigurations or { });
-    darwin = attrNames (target.darwinConfigurations or { });
+    nixos = attrNames (machines "nixosConfigurations");
+    darwin = attrNames (machines "darwinConfigurations");
     outputs = attrNames (target.outputs or target);
   };
 
@@ -258,7 +263,7 @@ in
   # the plugin asks `system` host by host.
   systems = mapAttrs
     (_: nixos: let try = builtins.tryEval (systemOf nixos); in if try.success then try.value else null)
-    (target.nixosConfigurations or { });
+    (machines "nixosConfigurations");
   system = name: systemOf target.nixosConfigurations.${name};
 
   # What is at the first path that exists; `siblings` helps to say what was meant if none does.
@@ -308,7 +313,12 @@ in
   image = how: path:
     let value = get path target; images = if kindOf value == "nixos" then imagesOf value else null; in
     if images == null || !(images ? ${how.variant})
-    then { noImage = true; images = if images == null then null else attrNames images; }
+    then {
+      noImage = true;
+      images = if images == null then null else attrNames images;
+      # Such a machine is an image itself (it imports iso-image.nix, say), and nixpkgs has no others of it.
+      own = images != null && value.config.system.build ? image;
+    }
     else imageOf how value;
 
   # The system that the real machine runs, as it is: none of ours in it. Nothing is built.

@@ -27,7 +27,9 @@ rec {
         ++ builtins.filter (name: !formats ? ${name}) (builtins.attrNames known);
       name = nixos.config.networking.hostName or "this machine";
     in
-    if known == { } then
+    if known == { } && nixos.config.system.build ? image then
+      throw "${name} is an image itself: a module that it imports makes its `config.system.build.image`, and nixpkgs has no other images of such a machine."
+    else if known == { } then
       throw "There are no images of ${name}: its nixpkgs is older than 25.05, and has no `system.build.images`."
     else
       known.${variantOf format} or (throw "There is no image of ${name} in the format ${builtins.toJSON format}; there are: ${
