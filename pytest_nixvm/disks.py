@@ -7,6 +7,7 @@ here removes a disk unless it is asked to.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -89,7 +90,8 @@ class KeptDisk:
         """Remove the disk and what belongs to it; return whether there was one."""
         found = self.exists
         try:
-            for path in (self.path, self._efi_vars, self._unmade):
+            further = self.path.parent.glob(f"{glob.escape(self.path.name)}-*")  # an OVA's
+            for path in (self.path, *further, self._efi_vars, self._unmade):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from None

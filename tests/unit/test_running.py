@@ -165,6 +165,7 @@ def test_disk_is_kept_and_removed_on_demand():
         disk.begin()
         disk.path.write_bytes(b"disk")
         Path(disk.environment()["NIX_EFI_VARS"]).write_bytes(b"variables")
+        Path(f"{disk.path}-1").write_bytes(b"an OVA's second disk")
         disk.is_made()
         assert disk.path.stat().st_mode & 0o777 == 0o600
     with KeptDisk("dev-vm", "a") as disk:
@@ -172,6 +173,7 @@ def test_disk_is_kept_and_removed_on_demand():
         assert disk.path.read_bytes() == b"disk"
         assert disk.remove() is True
         assert not Path(disk.environment()["NIX_EFI_VARS"]).exists()
+        assert not Path(f"{disk.path}-1").exists()
 
 
 def test_disk_that_was_only_half_made_is_made_anew():
