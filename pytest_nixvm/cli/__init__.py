@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from pytest_nixvm.cli.texts import one_line
+from pytest_nixvm.cli.texts import in_words_of_ours, one_line
 from pytest_nixvm.errors import BuildError, MachineError, NixvmError
 
 _WHAT = "nixvm builds, runs and deploys the machines of a NixOS flake."
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"nixvm: {one_line(error)}", err=True)
         return 2
     except NixvmError as error:
-        click.echo(f"nixvm: {error}", err=True)
+        click.echo(f"nixvm: {in_words_of_ours(str(error))}", err=True)
         return 1 if isinstance(error, BuildError | MachineError) else 2
     except (click.Abort, KeyboardInterrupt):
         return 130

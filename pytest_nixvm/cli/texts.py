@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 
 import click
+
+# What some command has as an option without its "nixvm-".
+_SHORTER = ("flake", "override-input", "nix-option", "cache", "offline", "memory", "cores")
+_PYTEST_S = re.compile(rf"--nixvm-(?=(?:{'|'.join(_SHORTER)})\b)")
 
 
 def emit_json(value: object) -> None:
@@ -49,6 +54,15 @@ def size(count: int) -> str:
 def when(seconds: float) -> str:
     """Return a moment (seconds since the epoch) in local time."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def in_words_of_ours(text: str) -> str:
+    """Return an error with the options as the commands have them: pytest's are --nixvm-flake, ….
+
+    A pytest command line in it stays one.
+    """
+    lines = text.split("\n")
+    return "\n".join(line if "pytest " in line else _PYTEST_S.sub("--", line) for line in lines)
 
 
 def one_line(error: click.ClickException) -> str:

@@ -10,6 +10,7 @@ import pytest
 from _store import COMPONENTS, KEY, MIB, Process, make
 
 from pytest_nixvm.cli import main
+from pytest_nixvm.cli.texts import in_words_of_ours
 from pytest_nixvm.store import Store
 
 
@@ -143,3 +144,12 @@ def test_the_command_is_light_and_ends_with_its_reader(store, tmp_path):
     command = f"{sys.executable} -m pytest_nixvm.cli cache list --cache {tmp_path} | true"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_errors_name_the_options_as_the_command_has_them(tmp_path, capsys):
+    (tmp_path / "flake.nix").write_text("{ outputs = { self }: { }; }")
+    (tmp_path / "sub").mkdir()
+    assert main(["list", "--flake", str(tmp_path / "sub")]) == 2
+    assert f"did you mean --flake={tmp_path}?" in capsys.readouterr().err
+    untested = "Test it: pytest --nixvm-flake=. --nixvm-machine=web"
+    assert in_words_of_ours(f"Or --nixvm-cache=DIR.\n{untested}") == f"Or --cache=DIR.\n{untested}"
