@@ -224,6 +224,7 @@ def test_a_machine_without_hardware_configuration_is_whole(value: Value, backend
         let c = {config(made_for(backend))}; in {{
           inherit (c.boot.loader) grub;
           inherit (c) fileSystems;
+          grows = c.boot.growPartition;
           paths = map (d: d.drvPath) ([ c.system.build.toplevel c.system.build.vm ]
             ++ map (f: c.system.build.images.${{f}}) (builtins.attrValues library.formats));
         }}
@@ -231,6 +232,7 @@ def test_a_machine_without_hardware_configuration_is_whole(value: Value, backend
     )
     assert len(made["paths"]) == 2 + 7
     assert made["fileSystems"]["/"]["device"] == "/dev/disk/by-label/nixos"
+    assert made["grows"] is True
     disk = {"qemu": "/dev/vda", "virtualbox": "/dev/sda", "vmware": "nodev"}[backend]
     assert made["grub"]["devices"] == [disk]
     assert made["grub"]["efiSupport"] is (backend == "vmware")
@@ -251,7 +253,8 @@ def test_what_a_hardware_configuration_says_wins(value: Value) -> None:
       fileSystems."/" = { device = "/dev/disk/by-uuid/mine"; fsType = "btrfs"; };
       boot.loader.grub.devices = [ "/dev/sdb" ];
     }"""
-    found = value(f"(c: {{ inherit (c) fileSystems; inherit (c.boot) loader; }}) {config(module)}")
+    parts = "(c: { inherit (c) fileSystems; inherit (c.boot) loader growPartition; })"
+    found = value(f"{parts} {config(module)}")
     root = found["fileSystems"]["/"]
     assert (root["device"], root["fsType"], root["autoResize"]) == (
         "/dev/disk/by-uuid/mine",
@@ -259,6 +262,8 @@ def test_what_a_hardware_configuration_says_wins(value: Value) -> None:
         False,
     )
     assert found["loader"]["grub"]["devices"] == ["/dev/sdb"]
+    # Nor is a partition made larger that is not ours.
+    assert found["growPartition"] is False
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -268,6 +273,21 @@ def test_what_a_hardware_configuration_says_wins(value: Value) -> None:
 def test_images_are_as_large_as_the_disk(value: Value, variant: str) -> None:
     module = '{ vm.diskSize = "3G"; }'
     assert value(f"{image(module, variant)}.virtualisation.diskSize") == 3072
+
+
+@pytest.mark.parametrize(("visible", "size"), [("", 3072), ("visible = false;", "auto")])
+def test_a_vmdk_is_so_before_26_05_as_well(value: Value, visible: str, size: int | str) -> None:
+    """Its size had an option of its own, which is an alias today: using that one is a warning."""
+    module = f"""{{
+      vm.diskSize = "3G";
+      image.modules.vmware = lib.mkForce ({{ modulesPath, ... }}: {{
+        imports = [ "${{modulesPath}}/image/file-options.nix" ];
+        options.vmware.baseImageSize = lib.mkOption {{ default = "auto"; {visible} }};
+        config.image.extension = "vmdk";
+        config.system.build.image = {{ }};
+      }});
+    }}"""
+    assert value(f"{image(module, 'vmware')}.vmware.baseImageSize") == size
 
 
 def test_an_ova_has_the_machine_s_memory_and_processors(value: Value) -> None:
@@ -338,7 +358,8 @@ def test_a_machine_without_it_is_left_as_it_is(value: Value) -> None:
         ("headless", '"yes"', "boolean"),
         ("backend", '"xen"', '"virtualbox"'),
         ("networking.mode", '"bridge"', '"isolated"'),
-        ("networking.forwardPorts", "[ { host = 70000; guest = 1; } ]", "16 bit"),
+        ("networking.forwardPorts", "[ { host = 70000; guest = 1; } ]", "between 1 and 65535"),
+        ("networking.forwardPorts", "[ { host = 80; guest = 0; } ]", "between 1 and 65535"),
         ("sharedFolders.work.hostPath", '"work"', "absolute path on the host"),
         ("sharedFolders.work.hostPath", '"/srv/a,b"', "without a comma"),
         ("sharedFolders.work.hostPath", "./.", "as a string"),
@@ -361,7 +382,7 @@ def test_nonsense_is_an_error_of_the_vm_and_of_images_as_well(value: Value) -> N
         assert "vm.memorySize' is not of type" in refused(value, "{ vm.memorySize = 4; }", what)
 
 
-@pytest.mark.parametrize("path", ['"mnt"', '"/"', '"/a/../etc"', '"/with blank"'])
+@pytest.mark.parametrize("path", ['"mnt"', '"/"', '"/a/../etc"', '"/a/./b"', '"/with blank"'])
 def test_a_folder_s_place_is_below_the_root(value: Value, path: str) -> None:
     module = f'{{ vm.sharedFolders.work = {{ hostPath = "/srv"; guestPath = {path}; }}; }}'
     assert "vm.sharedFolders.work.guestPath" in refused(value, module)
@@ -375,3 +396,18 @@ def test_a_folder_s_name_is_one_that_qemu_takes(value: Value, name: str, why: st
     said = refused(value, f'{{ vm.sharedFolders.{name}.hostPath = "/srv"; }}')
     assert "vm.sharedFolders." in said
     assert why in said
+
+
+@pytest.mark.parametrize("path", ["/nix/store", "/tmp/shared", "/etc"])
+def test_a_folder_hides_nothing_of_nixos(value: Value, path: str) -> None:
+    module = f'{{ vm.sharedFolders.work = {{ hostPath = "/srv"; guestPath = "{path}"; }}; }}'
+    assert f"vm.sharedFolders.work.guestPath: {path} is NixOS' own" in refused(value, module)
+
+
+@pytest.mark.parametrize("mode", ["", "readOnly = true;"])
+def test_a_folder_has_a_place_of_its_own(value: Value, mode: str) -> None:
+    module = f"""{{
+      vm.sharedFolders.a.hostPath = "/srv";
+      vm.sharedFolders.b = {{ hostPath = "/home"; guestPath = "/mnt/a"; {mode} }};
+    }}"""
+    assert "guestPath: /mnt/a is that of vm.sharedFolders." in refused(value, module)

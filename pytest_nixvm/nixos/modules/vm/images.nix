@@ -32,6 +32,10 @@ in
       (optionalAttrs (options.virtualisation ? diskSize) {
         virtualisation.diskSize = mkDefault (mebibytes cfg.diskSize);
       })
+      # Before 26.05 a VMDK had an option of its own, which is an alias since then.
+      (optionalAttrs (options.vmware.baseImageSize.visible or (options ? vmware.baseImageSize)) {
+        vmware.baseImageSize = mkDefault (mebibytes cfg.diskSize);
+      })
       (optionalAttrs (options ? virtualbox) {
         virtualbox = {
           memorySize = mkDefault (mebibytes cfg.memorySize);

@@ -12,14 +12,18 @@ let
   cfg = config.vm;
   underQemu = options.virtualisation ? memorySize;
   # The VM and the images say themselves where their disk is. What is left is the system that is
-  # deployed: it comes onto a disk that one of these images was.
-  installed = !(options.virtualisation ? diskSize) && !(options ? isoImage);
+  # deployed: it comes onto a disk that one of these images was. (An option that only images have is
+  # `image.fileName`; `virtualisation.diskSize` is one of every machine.)
+  installed = !underQemu && !((options.image or { }) ? fileName);
 
   # Weaker than any other module's mkDefault, for whoever says something of disks knows better.
   suggest = lib.mkOverride 1200;
 
   # nixpkgs' VMware image boots with EFI only, and systemd-boot is for EFI.
   efi = cfg.backend == "vmware" || config.boot.loader.systemd-boot.enable;
+
+  # What nixpkgs calls the root of its images.
+  root = "/dev/disk/by-label/nixos";
 
   serial = "console=${if pkgs.stdenv.hostPlatform.isAarch64 then "ttyAMA0" else "ttyS0"},115200n8";
   screen = "console=tty0";
@@ -72,10 +76,11 @@ in
         };
       })
       (optionalAttrs installed {
-        boot.growPartition = suggest true;
+        # Of a disk that somebody else has laid out, no partition is made larger.
+        boot.growPartition = suggest (config.fileSystems."/".device or null == root);
         boot.loader.grub = grub.${cfg.backend};
         fileSystems."/" = suggest {
-          device = "/dev/disk/by-label/nixos";
+          device = root;
           fsType = "ext4";
           autoResize = true;
         };

@@ -11,24 +11,57 @@ let
     "shared"
     "certs"
   ];
-  checkedNames = lib.mapAttrs (
-    name: folder:
-    if builtins.match "[A-Za-z][A-Za-z0-9_-]{0,30}" name == null then
-      throw "vm.sharedFolders.${builtins.toJSON name}: a folder's name is a letter, then letters, digits, - and _, no more than 31."
-    else if lib.elem name taken then
-      throw "vm.sharedFolders.${name}: NixOS' VMs have a folder of that name already (${lib.concatStringsSep ", " taken})."
-    else
-      folder
-  );
+  # What NixOS mounts there, or starts with, would be hidden.
+  theirs = [
+    "/boot"
+    "/dev"
+    "/etc"
+    "/nix"
+    "/nix/.ro-store"
+    "/nix/.rw-store"
+    "/nix/store"
+    "/proc"
+    "/run"
+    "/sys"
+    "/tmp"
+    "/tmp/shared"
+    "/tmp/xchg"
+    "/usr"
+    "/var"
+  ];
+  checkedFolders =
+    folders:
+    lib.mapAttrs (
+      name: folder:
+      let
+        place = folder.guestPath;
+        others = lib.filter (other: other != name && folders.${other}.guestPath == place) (
+          lib.attrNames folders
+        );
+      in
+      if builtins.match "[A-Za-z][A-Za-z0-9_-]{0,30}" name == null then
+        throw "vm.sharedFolders.${builtins.toJSON name}: a folder's name is a letter, then letters, digits, - and _, no more than 31."
+      else if lib.elem name taken then
+        throw "vm.sharedFolders.${name}: NixOS' VMs have a folder of that name already (${lib.concatStringsSep ", " taken})."
+      else if lib.elem place theirs then
+        throw "vm.sharedFolders.${name}.guestPath: ${place} is NixOS' own: folders go elsewhere."
+      else if others != [ ] then
+        throw "vm.sharedFolders.${name}.guestPath: ${place} is that of vm.sharedFolders.${lib.head others}, too."
+      else
+        folder
+    ) folders;
+
+  # Port 0 is none.
+  port = types.ints.between 1 65535;
 
   forward = {
     options = {
       host = mkOption {
-        type = types.port;
+        type = port;
         description = "Port of the host. Only the host itself reaches it (127.0.0.1).";
       };
       guest = mkOption {
-        type = types.port;
+        type = port;
         description = "Port of the guest, which its firewall has to let in.";
       };
       protocol = mkOption {
@@ -158,7 +191,7 @@ in
     sharedFolders = mkOption {
       type = types.attrsOf (types.submodule folder);
       default = { };
-      apply = checkedNames;
+      apply = checkedFolders;
       example = lib.literalExpression ''
         {
           projects.hostPath = "$HOME/projects";

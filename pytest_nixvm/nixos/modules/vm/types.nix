@@ -24,9 +24,9 @@ in
     text: builtins.match "(/|[$]HOME/)[^,\n]*" text != null
   );
 
-  guestPath = checked "guestPath" ''absolute path in the guest below "/", without blanks or ".."'' (
+  guestPath = checked "guestPath" ''absolute path in the guest below "/", without blanks, "." or ".."'' (
     text:
     builtins.match "/[^/[:space:]]+(/[^/[:space:]]+)*" text != null
-    && !lib.elem ".." (lib.splitString "/" text)
+    && lib.all (part: part != "." && part != "..") (lib.splitString "/" text)
   );
 }

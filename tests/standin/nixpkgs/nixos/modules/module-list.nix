@@ -14,4 +14,6 @@
   ./systemd.nix
   ./users.nix
   ./virtualisation/build-vm.nix
+  # Of every machine in nixpkgs, too: its module for Oracle's cloud imports this one.
+  ./virtualisation/disk-size-option.nix
 ]

@@ -4,7 +4,7 @@
 let
   inherit (config.boot.loader.grub) devices;
   # A virtual machine and an image say themselves what they start from.
-  isInstalled = !(options.virtualisation ? diskSize)
+  isInstalled = !(options.virtualisation ? memorySize) && !(options.image ? fileName)
     && config.fileSystems."/".device or null == "/dev/disk/by-label/nixos"
     && devices != [ ] && devices != [ "nodev" ];
 in {
