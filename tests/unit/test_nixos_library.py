@@ -165,6 +165,17 @@ def test_what_a_configuration_says_of_somebody_wins(make: Callable[..., Any]) ->
     assert found["ann"]["isNormalUser"] is True
 
 
+def test_an_account_has_its_shell_and_its_password(make: Callable[..., Any]) -> None:
+    """NixOS has defaults of its own for both, of mkDefault's strength."""
+    more = 'users = [ { username = "tom"; shell = pkgs: pkgs.bash; hashedPassword = "x"; } ];'
+    found = make("mkSystem", "server", more, "config.users.users.tom")
+    assert (found["shell"], found["hashedPassword"]) == ("/run/current-system/sw/bin/bash", "x")
+    more += """modules = [ ({ lib, ... }: { users.users.tom = {
+      shell = "/bin/fish"; hashedPassword = lib.mkDefault "y"; }; }) ];"""
+    found = make("mkSystem", "server", more, "config.users.users.tom")
+    assert (found["shell"], found["hashedPassword"]) == ("/bin/fish", "y")
+
+
 @pytest.mark.parametrize(
     ("user", "why"),
     [

@@ -46,7 +46,8 @@ in
   };
 
   # A module that declares these people. All of it is a default: what a configuration says of the
-  # same account replaces it, and is not added to it.
+  # same account replaces it, and is not added to it. NixOS has mkDefaults of its own for accounts:
+  # of the shell, than which ours is stronger, and of the password, than which it is weaker.
   userModule =
     users:
     {
@@ -59,16 +60,19 @@ in
         user:
         let
           shell = user.shell or null;
+          hashedPassword = user.hashedPassword or null;
         in
         {
           isNormalUser = lib.mkDefault true;
           description = lib.mkDefault (user.description or "");
           extraGroups = lib.mkDefault (user.extraGroups or [ ]);
-          hashedPassword = lib.mkDefault (user.hashedPassword or null);
           openssh.authorizedKeys.keys = lib.mkDefault (user.authorizedKeys or [ ]);
         }
+        // lib.optionalAttrs (hashedPassword != null) {
+          hashedPassword = lib.mkOverride 1100 hashedPassword;
+        }
         // lib.optionalAttrs (shell != null) {
-          shell = lib.mkDefault (if builtins.isFunction shell then shell pkgs else shell);
+          shell = lib.mkOverride 900 (if builtins.isFunction shell then shell pkgs else shell);
         };
     in
     {
