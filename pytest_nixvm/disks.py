@@ -43,6 +43,8 @@ class KeptDisk:
         self.name = name
         self.path = base / f"{safe}-{digest}.qcow2"
         self._efi_vars = base / f"{safe}-{digest}.efi-vars.fd"
+        self.root = base / f"{safe}-{digest}.image"
+        """Where the image that it was made over is rooted, so that nix does not collect that."""
         # While it is there, the disk may be half made.
         self._unmade = base / f"{safe}-{digest}.new"
         self._lock = FileLock(base / f"{safe}-{digest}.lock", mode=0o600, thread_local=False)

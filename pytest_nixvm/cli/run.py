@@ -13,10 +13,13 @@ from pytest_nixvm import wishes
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.disks import KeptDisk, backing_file
-from pytest_nixvm.flake.build import Override
+from pytest_nixvm.errors import FlakeError
+from pytest_nixvm.flake.build import Override, VmBuild
+from pytest_nixvm.flake.nix import Nix, NixFailure
 from pytest_nixvm.use import Use, Wishes
 
 _BOOT_TIMEOUT = 900  # seconds; a person who has waited enough presses Ctrl-C
+_ROOT_TIMEOUT = 60.0  # seconds
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -81,6 +84,8 @@ def command(
                 f"{info.name}'s disk was made of an older image: the system on it is that one's. "
                 "--fresh begins anew, with the image as it is now."
             )
+        if build.image:
+            hold_image(disk, build, context.catalogue.nix, fresh=fresh)
         use = Use(
             build,
             disk,
@@ -99,6 +104,22 @@ def command(
                 return _wait(use)
             finally:
                 ignore()
+
+
+def hold_image(disk: KeptDisk, build: VmBuild, nix: Nix, *, fresh: bool) -> None:
+    """Keep the image that a disk is made over: without it nothing that is on the disk can be read.
+
+    The cache lets an image go when the configuration has another. Raises `FlakeError`.
+    """
+    below = None if fresh else backing_file(disk.path)
+    store = build.output.parent
+    image = build.output
+    if below is not None and below.is_relative_to(store):
+        image = store / below.relative_to(store).parts[0]
+    try:
+        nix.realise(str(image), "", disk.root, timeout=_ROOT_TIMEOUT)
+    except NixFailure as failure:
+        raise FlakeError(f"{build.name}'s image can't be kept for its disk: {failure}") from None
 
 
 class _Notes:

@@ -12,6 +12,8 @@ import pytest
 from _flake import OPTIONS, Seen, Workshop, evaluations, git, needs_nix
 
 from pytest_nixvm.cli import main
+from pytest_nixvm.cli.run import hold_image
+from pytest_nixvm.disks import KeptDisk
 from pytest_nixvm.errors import FlakeError, NothingToTestError, UserError
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.images import ImageMachine
@@ -303,6 +305,28 @@ def test_a_bare_derivation_has_no_images(shop: Workshop) -> None:
     flake = shop.flake(f"{write_machine(shop)}#thing@qcow2")
     with pytest.raises(FlakeError, match="is no NixOS configuration"):
         flake.build("thing@qcow2")
+
+
+def test_the_image_below_a_kept_disk_stays(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(shop.tmp / "state"))
+    path = write_machine(shop)
+    flake = shop.flake(path)
+    first = flake.build("vm@qcow2")
+    with KeptDisk("vm@qcow2", "here") as disk:
+        hold_image(disk, first, flake.nix, fresh=False)
+        assert disk.root.readlink() == first.output
+        image = first.output / "nixos.qcow2"
+        over = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, disk.path)
+        subprocess.run(over, check=True)
+        (path / "system.nix").write_text(SYSTEM.replace("agent", "the agent"))
+        flake = shop.flake(path)
+        second = flake.build("vm@qcow2")
+        assert second.output != first.output
+        hold_image(disk, second, flake.nix, fresh=False)
+        assert disk.root.readlink() == first.output
+        hold_image(disk, second, flake.nix, fresh=True)
+        disk.remove()
+        assert disk.root.readlink() == second.output
 
 
 def test_a_change_is_not_tested_on_an_image(shop: Workshop) -> None:
