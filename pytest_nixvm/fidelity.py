@@ -121,9 +121,11 @@ def _boot(build: VmBuild, real: Real) -> Iterator[NotTested]:
             "the boot loader mode (--nixvm-boot-loader) puts one on a virtual disk",
         )
     else:
+        # An image may have another one than the machine: isolinux on an ISO, GRUB for a BIOS.
+        loader = "the image's boot loader" if build.image else real.boot_loader or "the boot loader"
         yield NotTested(
             "the machine's firmware and its boot entries",
-            f"{real.boot_loader or 'the boot loader'} on a virtual disk, on QEMU's firmware",
+            f"{loader} on a virtual disk, on QEMU's firmware",
             _NO_HARDWARE,
         )
     if real.secure_boot:
