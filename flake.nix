@@ -165,7 +165,8 @@
             ]))
           ];
         };
-        # For work on the plugin: `python -m pytest tests/unit` in a checkout.
+        # For work on the plugin: `python -m pytest tests/unit` in a checkout. (mypy is tox's: nixpkgs
+        # lacks stubs that it needs.)
         develop = pkgs.mkShell {
           inputsFrom = [ pkgs.python3Packages.pytest-nixvm ];
           packages = programs pkgs ++ [
@@ -174,13 +175,10 @@
               python:
               python.pytest-nixvm.propagatedBuildInputs
               ++ [
-                python.mypy
                 python.pytest-html
                 python.pytest-testinfra
                 python.pytest-timeout
                 python.pytest-xdist
-                python.types-paramiko
-                python.types-pexpect
               ]
             ))
           ];

@@ -18,7 +18,8 @@
 
       templates = rec {
         vm = {
-          path = ./layout;
+          # A link to the example in a checkout, where `nix flake init` of newer versions follows none.
+          path = if (builtins.readDir ./.).layout == "symlink" then ../../example_tests/nix else ./layout;
           description = "Physical machines and VMs in one flake (`nixvm init` writes the same, and asks for names)";
           welcomeText = ''
             The guide to it is AGENTS.md. Alice and her password are in lib/users.nix: write down who you

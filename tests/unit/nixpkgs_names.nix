@@ -14,8 +14,8 @@ let
 
   python = final:
     packages [
-      "click" "cryptography" "filelock" "hatchling" "mypy" "paramiko" "pexpect" "platformdirs" "pytest" "pytest-html"
-      "pytest-testinfra" "pytest-timeout" "pytest-xdist" "rich" "types-paramiko" "types-pexpect"
+      "click" "cryptography" "filelock" "hatchling" "paramiko" "pexpect" "platformdirs" "pytest" "pytest-html"
+      "pytest-testinfra" "pytest-timeout" "pytest-xdist" "rich"
     ] // {
       qemu-qmp = package "0.0.3" "qemu-qmp"; # as nixos-25.11 had it
       buildPythonPackage = given: package given.version given.pname // given // { propagatedBuildInputs = given.dependencies; };
