@@ -39,10 +39,8 @@ let
     }) (filter (name: isVm configurations.${name}) (attrNames configurations))
   );
 
-  # `packages.<system>."<machine>-<format>"`. A format that nixpkgs does not have is left out, for
-  # `nix flake check` looks at all of them; `image` says so.
-  imagesOf =
-    { configurations, formats }:
+  imagesBy =
+    formatsOf:
     bySystem (
       _: nixos:
       map
@@ -50,25 +48,37 @@ let
           suffix = "-${format}";
           value = images.image nixos format;
         })
-        (filter (format: images.variants nixos ? ${images.variantOf format}) formats)
-    ) configurations;
-in
-{
-  inherit imagesOf;
+        (filter (format: images.variants nixos ? ${images.variantOf format}) (formatsOf nixos))
+    );
 
-  # Images of the VMs (of machines with `vm.enable`), in the five formats for which one needs no EFI.
-  images =
-    configurations:
-    imagesOf {
-      configurations = vmsOf configurations;
-      formats = [
+  # `packages.<system>."<machine>-<format>"`. A format that nixpkgs does not have is left out, for
+  # `nix flake check` looks at all of them; `image` says so.
+  imagesOf = { configurations, formats }: imagesBy (_: formats) configurations;
+
+  # Where there is no BIOS, there is EFI. VirtualBox, which makes the OVA, is for x86 in nixpkgs.
+  usual =
+    nixos:
+    if systemOf nixos == "x86_64-linux" then
+      [
         "qcow2"
         "raw"
         "iso"
         "ova"
         "vmdk"
+      ]
+    else
+      [
+        "qcow2-efi"
+        "raw-efi"
+        "iso"
+        "vmdk"
       ];
-    };
+in
+{
+  inherit imagesOf;
+
+  # Images of the VMs (of machines with `vm.enable`), in the five formats for which one needs no EFI.
+  images = configurations: imagesBy usual (vmsOf configurations);
 
   # `nix run .#<machine>`: the VM, in a window if it has one. Its disk is <machine>.qcow2 in the
   # working directory and stays there; `nixvm run` has more to offer.
