@@ -96,7 +96,4 @@ def formats(context: Context, name: str | None, as_json: bool) -> None:
             ]
         )
         return
-    if name is not None and not rows:
-        click.echo(f"There are no images of {name}.", err=True)
-        return
     table(("format", "what"), rows)

@@ -59,8 +59,9 @@ class ImageBuilds(ABC):
         Raises:
             FlakeError, EvaluationError: as `image` does.
         """
-        variants = self._ask(self._info(name), "images")["images"]
-        return images.offered(variants or ())
+        info = self._info(name)
+        what = f"{info.attribute} of {self._evaluator.what}"
+        return images.formats_of(self._ask(info, "images"), what)
 
     def _image_vm(self, info: MachineInfo, freezable: bool, secrets: Sequence[Secret]) -> VmBuild:
         """Build the VM that boots from a machine's image. Raises as `Flake.build`."""

@@ -197,27 +197,31 @@ class ImageVariant(Variant):
             if self.adapted:
                 _check_bootable(plan, what)
             return
-        variants: list[str] | None = plan["images"]
-        if variants is None:
-            raise FlakeError(f"{what} is no NixOS configuration: there are no images of it.")
-        if not variants and plan["own"]:
-            raise FlakeError(
-                f"{what} is an image itself: a module that it imports makes its "
-                "config.system.build.image, and nixpkgs has no other images of such a machine. "
-                "Build that one with nix build, or leave the module out: system.build.images "
-                "needs none."
-            )
-        if not variants:
-            raise FlakeError(
-                f"There are no images of {what}: its nixpkgs is older than 25.05, and has no "
-                "system.build.images."
-            )
-        formats = offered(variants)
+        formats = formats_of(plan, what)
         asked = next((n for n, each in FORMATS.items() if each.variant == self.image), self.image)
         raise FlakeError(
             f"There is no image of {what} in the format {asked!r}{near(asked.lower(), formats)} "
             f"There are: {listed(formats, 40)}."
         )
+
+
+def formats_of(plan: Mapping[str, Any], what: str) -> list[str]:
+    """Return the formats that there are images in. Raises `FlakeError` where there are none."""
+    variants: list[str] | None = plan["images"]
+    if variants is None:
+        raise FlakeError(f"{what} is no NixOS configuration: there are no images of it.")
+    if not variants and plan["own"]:
+        raise FlakeError(
+            f"{what} is an image itself: a module that it imports makes its "
+            "config.system.build.image, and nixpkgs has no other images of such a machine. "
+            "Build that one by nix build, or leave the module out: system.build.images needs none."
+        )
+    if not variants:
+        raise FlakeError(
+            f"There are no images of {what}: its nixpkgs is older than 25.05, and has no "
+            "system.build.images."
+        )
+    return offered(variants)
 
 
 def _check_bootable(plan: Mapping[str, Any], what: str) -> None:

@@ -170,7 +170,8 @@ def test_without_images_the_reason_is_told(shop: Workshop) -> None:
 
 def test_a_machine_that_is_an_image_itself_has_no_others(shop: Workshop) -> None:
     path = write_machine(shop, "system.build.image = null;")
-    assert shop.flake(path).images("vm") == []
+    with pytest.raises(FlakeError, match="is an image itself"):
+        shop.flake(path).images("vm")
     with pytest.raises(FlakeError) as raised:
         shop.flake(path).image("vm", "qcow2")
     assert "nixosConfigurations.vm" in str(raised.value)

@@ -1,7 +1,7 @@
 # What the plugin asks of a flake. Every answer is plain data, to be printed as JSON.
 { target }:
 let
-  inherit (builtins) attrNames concatMap elemAt filter genList head isAttrs length mapAttrs tail
+  inherit (builtins) attrNames concatMap elem elemAt filter genList head isAttrs length mapAttrs tail
     typeOf unsafeDiscardStringContext;
 
   overrides = import ./overrides.nix;
@@ -207,6 +207,13 @@ let
   # Images, by nixpkgs' names for them (its module image/images.nix). Each is of a configuration of its own, which comes
   # with it.
   imagesOf = nixos: nixos.config.system.build.images or { };
+  formatsOf = value:
+    let isMachine = kindOf value == "nixos"; in
+    {
+      images = if isMachine then attrNames (imagesOf value) else null;
+      # Such a machine is an image itself (it imports iso-image.nix, say), and nixpkgs has no others of it.
+      own = isMachine && value.config.system.build ? image;
+    };
   imageConfig = variant: nixos: (imagesOf nixos).${variant}.passthru.config or nixos.config;
 
   # An image as its owner builds it; `adapted`, it has what lets the tests in. `qemu` and `hardware` are those of the
@@ -306,19 +313,11 @@ in
           else { });
 
   # The formats that there are images in.
-  images = path:
-    let value = get path target; in
-    { images = if kindOf value == "nixos" then attrNames (imagesOf value) else null; };
+  images = path: formatsOf (get path target);
 
   image = how: path:
-    let value = get path target; images = if kindOf value == "nixos" then imagesOf value else null; in
-    if images == null || !(images ? ${how.variant})
-    then {
-      noImage = true;
-      images = if images == null then null else attrNames images;
-      # Such a machine is an image itself (it imports iso-image.nix, say), and nixpkgs has no others of it.
-      own = images != null && value.config.system.build ? image;
-    }
+    let value = get path target; formats = formatsOf value; in
+    if formats.images == null || !(elem how.variant formats.images) then formats // { noImage = true; }
     else imageOf how value;
 
   # The system that the real machine runs, as it is: none of ours in it. Nothing is built.
