@@ -178,9 +178,10 @@ def _broken_lock(error: NixError, subject: Subject) -> FlakeError | None:
             why = f"it is no JSON: {problem}"
             if re.search(r"^<{7}", text, re.MULTILINE):
                 why = "a merge has left its conflict in it"
+            restore = f"git -C {tree.folder} checkout HEAD flake.lock"
+            way_out = f"Restore it ({restore}), or remove it" if tree.git else "Remove it"
             return FlakeError(
-                f"{file} can't be read: {why}.\nRestore it (git -C {tree.folder} checkout HEAD "
-                "flake.lock), or remove it: `nix flake lock` makes a new one."
+                f"{file} can't be read: {why}.\n{way_out}: `nix flake lock` makes a new one."
             )
     return None
 
