@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from _flake import needs_nix
-from _nixos_library import ROOT, SYSTEMS, evaluate
+from _nixos_library import ROOT, SYSTEMS, EvaluationFailed, evaluate
 
 from pytest_nixvm import layout
 
@@ -82,3 +82,11 @@ def test_a_flake_from_nothing_and_a_vm_more(system, tmp_path):
         assert machine["builds"]
         assert machine["people"] == ["carol"]
     assert found["db-vm"]["homes"] == ["carol"]
+
+
+def test_a_mac_is_a_machine_for_nix_darwin(system, tmp_path):
+    mac = f"{outputs(EXAMPLE)}.lib.mkDarwinSystem {{ name = \"mac\"; directory = ./.; }}"
+    with pytest.raises(EvaluationFailed) as caught:
+        evaluate(system, tmp_path, mac)
+    # What can be copied: no path of this computer.
+    assert 'modules = [ (directory + "/configuration.nix") ]' in str(caught.value)

@@ -37,9 +37,9 @@ in
   mkVmSystem = machine: pytest-nixvm.lib.mkVmSystem (common // { user = users.vmUser; } // machine);
 
   mkDarwinSystem =
-    { name, directory }:
+    { name, ... }:
     throw ''
-      ${name}: Macs are made by nix-darwin. Add it to the inputs of flake.nix, and call
-      inputs.nix-darwin.lib.darwinSystem { modules = [ ${toString directory}/configuration.nix ]; } in lib/default.nix.
+      ${name}: Macs are made by nix-darwin. Add it to the inputs of flake.nix, and have mkDarwinSystem in lib/default.nix be
+      { directory, ... }: inputs.nix-darwin.lib.darwinSystem { modules = [ (directory + "/configuration.nix") ]; };
     '';
 }
