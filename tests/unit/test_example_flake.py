@@ -85,7 +85,7 @@ def test_a_flake_from_nothing_and_a_vm_more(system, tmp_path):
 
 
 def test_a_mac_is_a_machine_for_nix_darwin(system, tmp_path):
-    mac = f"{outputs(EXAMPLE)}.lib.mkDarwinSystem {{ name = \"mac\"; directory = ./.; }}"
+    mac = f'{outputs(EXAMPLE)}.lib.mkDarwinSystem {{ name = "mac"; directory = ./.; }}'
     with pytest.raises(EvaluationFailed) as caught:
         evaluate(system, tmp_path, mac)
     # What can be copied: no path of this computer.
