@@ -56,6 +56,11 @@ _NO_STORE = re.compile(
     r"cannot connect to socket at|cannot open connection to remote store"
 )
 
+_NO_SPACE = re.compile(
+    r"No space left on device|Disk quota exceeded|"
+    r"diskSize might be too small"  # nixpkgs' make-disk-image.nix
+)
+
 _LONGEST = 60  # lines of a message
 
 
@@ -136,8 +141,14 @@ def _culprit(log: Log) -> tuple[str, str]:
 
 
 def _end_of_log(log: Log, derivation: str) -> str:
-    lines = log.logs.get(derivation)
+    lines = log.logs.get(derivation, ())
     text = "\nIts log ends so:\n" + _indent(tail("\n".join(lines), 25)) if lines else ""
+    if any(map(_NO_SPACE.search, lines)):
+        text += (
+            "\nEither the disk here is full (`df -h` tells; `nix-collect-garbage` frees what nix "
+            "no longer needs), or a disk image was built that is too small for what goes into it "
+            "(virtualisation.diskSize)."
+        )
     return f"{text}\nThe derivation: {derivation} (nix log {derivation})"
 
 
@@ -151,10 +162,11 @@ def shorten(text: str, lines: int = _LONGEST) -> str:
 
 
 def _disk_full(error: NixError, log: Log) -> FlakeError | None:
-    texts = [error.full, *(line for lines in log.logs.values() for line in lines), *log.other]
-    for text in texts:
-        if "No space left on device" in text or "Disk quota exceeded" in text:
-            line = next(line for line in text.splitlines() if "device" in line or "quota" in line)
+    if _culprit(log)[0]:
+        return None  # a builder says so, maybe of a disk that it makes: see `_end_of_log`
+    for text in (error.full, *log.other):
+        if _NO_SPACE.search(text):
+            line = next(line for line in text.splitlines() if _NO_SPACE.search(line))
             return FlakeError(
                 f"The disk is full: {line.removeprefix('error:').strip()}\n"
                 "Make room (`nix-collect-garbage` frees what nix no longer needs) and try again."

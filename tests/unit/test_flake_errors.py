@@ -387,15 +387,19 @@ def test_no_git_where_git_is_needed(shop: Workshop, monkeypatch: pytest.MonkeyPa
     assert shop.flake(plain, nix=nix).machines()
 
 
-def test_a_full_disk(shop: Workshop) -> None:
-    body = machine(
-        "vm",
-        shop.host,
-        '{ test.build = "echo cp: write error: No space left on device; exit 1"; }',
-    )
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cp: write error: No space left on device",
+        "ERROR: cptofs failed. diskSize might be too small for closure.",
+    ],
+)
+def test_no_space_for_a_builder_may_be_the_disk_s_or_an_image_s(shop: Workshop, said: str) -> None:
+    body = machine("vm", shop.host, f'{{ test.build = "echo {said}; exit 1"; }}')
     message = refusal(shop, write_flake(shop.tmp / "f", body, tracked=False))
-    assert message.startswith("The disk is full: ")
+    assert f"Its log ends so:\n    {said}\nEither the disk here is full" in message
     assert "nix-collect-garbage" in message
+    assert "virtualisation.diskSize" in message
 
 
 def test_a_build_without_end_is_ended(shop: Workshop) -> None:
