@@ -6,10 +6,12 @@ quick. The tests themselves are run by pytest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -79,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else [*arguments],
             prog_name="nixvm",
             standalone_mode=False,
+            color=False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None,
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: it was closed before we began
+            sys.stdout.flush()
     except click.ClickException as error:
         click.echo(f"nixvm: {one_line(error)}", err=True)
         return 2
@@ -90,7 +94,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # `nixvm cache list | head`: nobody reads on, Python's own flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `nixvm cache list | head`: nobody reads on.
+        _no_more_output()
         return 0
+    except OSError as error:
+        if error.filename is None:  # no room for what is printed, say
+            _no_more_output()
+        click.echo(f"nixvm: {_trouble(error)}", err=True)
+        return 1
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # as pathlib and platformdirs have it
+            raise
+        click.echo(f"nixvm: There is no home directory, so set HOME: {error}", err=True)
+        return 2
     return result if isinstance(result, int) else 0
+
+
+def _no_more_output() -> None:
+    """Have Python's own flush at the end not complain of what can't be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _trouble(error: OSError) -> str:
+    """Say what this computer has refused, where no command has foreseen it."""
+    try:
+        Path.cwd()
+    except OSError as gone:
+        return f"The directory that this is in can't be used: {gone.strerror}. Change to another."
+    where = "" if error.filename is None else os.fsdecode(error.filename)
+    where = f"{where[:200]}…" if len(where) > 200 else where
+    return f"{where}{': ' if where else ''}{error.strerror or error}."

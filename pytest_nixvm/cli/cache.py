@@ -22,7 +22,8 @@ def command() -> None:
 
 
 def _store(_context: click.Context, _option: click.Parameter, directory: Path | None) -> Store:
-    base = directory or platformdirs.user_cache_path("pytest-nixvm")
+    named = os.environ.get("NIXVM_CACHE")  # as for the commands that look into a flake
+    base = directory or (Path(named) if named else platformdirs.user_cache_path("pytest-nixvm"))
     # Not resolve(): a link that the user names stays what the messages name.
     templates = Path(os.path.normpath(base.absolute())) / "templates"
     if templates.exists() and not os.access(templates, os.R_OK | os.X_OK):
@@ -36,7 +37,7 @@ _with_store = click.option(
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     callback=_store,
-    help="The cache, as --nixvm-cache has it (default: the user's).",
+    help="The cache, as --nixvm-cache has it (default: NIXVM_CACHE, or the user's).",
 )
 
 

@@ -27,6 +27,7 @@ def table(
     On a terminal long cells are cut by its width, elsewhere nothing is: grep and awk read it.
     """
     # Not at the top: `--help` does without.
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -34,6 +35,9 @@ def table(
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in titles:
         made.add_column(title, no_wrap=True, overflow="ignore")
+    rows = [*rows]
+    # What the row is about is shown whole, however narrow the terminal.
+    made.columns[0].min_width = max(map(cell_len, (titles[0], *(row[0] for row in rows))))
     for column in right:
         made.columns[column].justify = "right"
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 from _store import COMPONENTS, KEY, MIB, Process, make
 
+from pytest_nixvm import cli
 from pytest_nixvm.cli import main
-from pytest_nixvm.cli.texts import in_words_of_ours
+from pytest_nixvm.cli.texts import in_words_of_ours, table
 from pytest_nixvm.store import Store
+
+ROOT = Path(cli.__file__).parents[2]
 
 
 @pytest.fixture
@@ -153,3 +157,78 @@ def test_errors_name_the_options_as_the_command_has_them(tmp_path, capsys):
     assert f"did you mean --flake={tmp_path}?" in capsys.readouterr().err
     untested = "Test it: pytest --nixvm-flake=. --nixvm-machine=web"
     assert in_words_of_ours(f"Or --nixvm-cache=DIR.\n{untested}") == f"Or --cache=DIR.\n{untested}"
+
+
+def shell(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in which `nixvm` is the command."""
+    return subprocess.run(
+        ["sh", "-c", f'nixvm() {{ "{sys.executable}" -m pytest_nixvm.cli "$@"; }}; {command}'],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_an_output_that_is_closed_or_full_is_no_traceback(tmp_path):
+    closed = shell("nixvm cache list >&-", tmp_path)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    full = shell("nixvm cache list >/dev/full", tmp_path)
+    assert (full.returncode, full.stderr) == (1, "nixvm: No space left on device.\n")
+
+
+@pytest.mark.parametrize("words", ["list", "init", "ssh x", "run x --share ."])
+def test_a_directory_that_was_removed_is_one_line(tmp_path, words):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = shell(f"rmdir '{gone}'; nixvm {words}", gone)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nixvm: The directory that this is in can't be used")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_nobody_has_foreseen_is_one_line(capsys, monkeypatch):
+    assert main(["list", "--flake", "a" * 5000]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith("…: File name too long.\n")
+    assert len(err) < 300
+    for error, status, said in (
+        (RuntimeError("could not determine the home directory for '~/.cache'"), 2, "set HOME"),
+        (PermissionError(13, "Permission denied", "/root/x"), 1, "/root/x: Permission denied."),
+    ):
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, error=error: raised(error))
+        monkeypatch.delenv("NIXVM_CACHE", raising=False)
+        assert main(["cache", "list"]) == status
+        assert said in capsys.readouterr().err
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+def test_the_cache_is_the_one_of_the_other_commands(store, tmp_path, capsys, monkeypatch):
+    make(store)
+    monkeypatch.setenv("NIXVM_CACHE", str(tmp_path))
+    assert main(["cache", "list"]) == 0
+    assert f"1 template in {store.directory}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [12, 20, 40])
+def test_a_narrow_terminal_shows_what_a_row_is_about(width, capsys, monkeypatch):
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    table(("machine", "kind", "system"), [("storage-vm", "physical", "x86_64-linux" * 3)])
+    assert "storage-vm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_colours_gets_none(name, value, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    said = {}
+    monkeypatch.setattr(cli.nixvm, "main", lambda **options: said.update(options), raising=True)
+    main([])
+    assert said["color"] is None
+    monkeypatch.setenv(name, value)
+    main([])
+    assert said["color"] is False
