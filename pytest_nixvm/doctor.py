@@ -32,6 +32,8 @@ _TIMEOUT = 30  # seconds that a program may take to say what it is
 
 _SOCKET_PATH = 107  # bytes, without the closing zero: unix(7)
 _BELOW = 60  # what a session puts behind the temporary directory, at most
+_SYS_MODULES = Path("/sys/module")
+_DENIED = "Permission denied"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def kvm(qemu: Path | None, cache: Path) -> Finding:
             seen = f"{KVM_DEVICE} may be used (not tried: there is no QEMU to try it with)"
             return Finding("KVM", "ok", seen)
         there = KVM_DEVICE.exists()
-        seen = f"{KVM_DEVICE} can't be opened" if there else f"there is no {KVM_DEVICE}"
+        seen = f"{KVM_DEVICE} can't be opened: {_DENIED}" if there else f"there is no {KVM_DEVICE}"
         return Finding("KVM", "warn", seen, slower, _mend_kvm(seen))
     try:
         chosen = choose(qemu, "auto", cache)
@@ -79,12 +81,17 @@ def _used_before(cache: Path) -> Path | None:
 
 
 def _mend_kvm(reason: str) -> tuple[tuple[str, str], ...]:
-    if not KVM_DEVICE.exists():
+    # The device may be there before its driver is: udev makes it, so that opening it loads that.
+    if not KVM_DEVICE.exists() or "No such device" in reason:
         flags = _read("/proc/cpuinfo")
-        if re.search(r"^flags.*\b(vmx|svm)\b", flags, re.MULTILINE):
+        found = re.search(r"^flags.*\b(vmx|svm)\b", flags, re.MULTILINE)
+        if found and any((_SYS_MODULES / name).exists() for name in ("kvm_intel", "kvm_amd")):
+            return (("", "in a container, pass the device: --device /dev/kvm"),)
+        if found:
+            maker = "intel" if found[1] == "vmx" else "amd"
             return (
-                ("NixOS", 'boot.kernelModules = [ "kvm-intel" "kvm-amd" ];'),
-                ("Debian", "sudo modprobe kvm_intel || sudo modprobe kvm_amd"),
+                ("NixOS", f'boot.kernelModules = [ "kvm-{maker}" ];'),
+                ("Debian", f"sudo modprobe kvm_{maker}"),
             )
         if re.search(r"^flags.*\bhypervisor\b", flags, re.MULTILINE):
             return (
@@ -95,7 +102,7 @@ def _mend_kvm(reason: str) -> tuple[tuple[str, str], ...]:
                 ("", "in a container, pass the device: --device /dev/kvm"),
             )
         return (("", "turn on VT-x or AMD-V in the computer's firmware set-up"),)
-    if "can't be opened" in reason:
+    if _DENIED in reason:
         user = os.environ.get("USER") or "USER"
         return (
             ("NixOS", f'users.users.{user}.extraGroups = [ "kvm" ];'),
@@ -209,7 +216,9 @@ def cache_directory(cache: Path) -> Finding:
     while not there.exists() and there != there.parent:
         there = there.parent
     if not os.access(there, os.W_OK | os.X_OK):
-        mend = (("", f"sudo chown -R $USER {there}, or name another: --nixvm-cache=DIR"),)
+        # Never what is above it: with a HOME that is not there, that is /.
+        chown = f"sudo chown -R $USER {there}, or " if there == cache else ""
+        mend = (("", f"{chown}name another: nixvm --cache DIR, pytest --nixvm-cache=DIR"),)
         meaning = "Nothing can be built or remembered."
         return Finding("cache", "fail", f"{there} can't be written", meaning, mend)
     return disk("cache", cache, _GIB, 5 * _GIB, "nixvm cache clear, or another --nixvm-cache=DIR")
@@ -265,7 +274,8 @@ def leftovers(proc: Path = Path("/proc")) -> Finding:
         is_qemu = b"qemu" in argv[0].rpartition(b"/")[2]
         ours = any(b"/nixvm-" in word for word in argv)
         mine = status.get("Uid", "").split("\t")[0] == str(os.getuid())
-        if is_qemu and ours and mine and status.get("PPid", "").strip() == "1":
+        # An orphan's parent is init, or whoever stands for it: a user's systemd, say.
+        if is_qemu and ours and mine and not _supervises(proc / status.get("PPid", "0").strip()):
             found.append(entry.name)
     if not found:
         return Finding("leftovers", "ok", "no VM of an earlier session runs")
@@ -277,6 +287,13 @@ def leftovers(proc: Path = Path("/proc")) -> Finding:
         "They take memory. This is a bug of pytest-nixvm's: please report it.",
         (("", f"kill {pids}"),),
     )
+
+
+def _supervises(entry: Path) -> bool:
+    try:
+        return b"_supervise.py" in (entry / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def computer(cache: Path, environment: Mapping[str, str] = os.environ) -> list[Finding]:

@@ -69,7 +69,10 @@ def features(nix: Nix) -> Finding:
         "nixvm and pytest do without; `nix build .#…` by hand does not.",
         (
             ("NixOS", 'nix.settings.experimental-features = [ "nix-command" "flakes" ];'),
-            ("Debian", "echo 'experimental-features = nix-command flakes' >> /etc/nix/nix.conf"),
+            (
+                "Debian",
+                "echo 'experimental-features = nix-command flakes' | sudo tee -a /etc/nix/nix.conf",
+            ),
         ),
     )
 
@@ -95,9 +98,19 @@ def store(nix: Nix) -> Finding:
             "fail",
             f"the daemon does not answer at {where}: {error.strerror or error}",
             f"{nix.program} can't build anything.",
-            (("", "sudo systemctl enable --now nix-daemon.socket"),),
+            _mend_daemon(error),
         )
     return Finding("nix store", "ok", f"the daemon answers at {where}")
+
+
+def _mend_daemon(error: OSError) -> tuple[tuple[str, str], ...]:
+    user = os.environ.get("USER") or "USER"
+    if isinstance(error, PermissionError):  # Debian has a group of those who may ask it
+        return (("Debian", f"sudo usermod -aG nix-users {user}    (then log in again)"),)
+    return (
+        ("Debian", f"sudo apt-get install nix-setup-systemd; sudo usermod -aG nix-users {user}"),
+        ("", "sudo systemctl enable --now nix-daemon.socket"),
+    )
 
 
 def building(nix: Nix, settings: dict[str, str]) -> Finding:
@@ -135,7 +148,14 @@ def trusted(nix: Nix, settings: dict[str, str]) -> Finding | None:
         "warn",
         f"trusted users are: {users}",
         "The daemon ignores some of the given --nix-option.",
-        (("NixOS", 'nix.settings.trusted-users = [ "root" "@wheel" ];'),),
+        (
+            ("NixOS", 'nix.settings.trusted-users = [ "root" "@wheel" ];'),
+            (
+                "Debian",
+                "echo 'trusted-users = root @sudo' | sudo tee -a /etc/nix/nix.conf; "
+                "sudo systemctl restart nix-daemon",
+            ),
+        ),
     )
 
 

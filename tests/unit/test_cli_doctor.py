@@ -148,17 +148,20 @@ def test_leftovers_are_orphans_of_ours_only(tmp_path):
     uid = os.getuid()
     for pid, words, parent, owner in (
         (11, ["/usr/bin/qemu-system-x86_64", "file=/tmp/nixvm-abc/disk"], 1, uid),
-        (12, ["/usr/bin/qemu-system-x86_64", "file=/tmp/nixvm-abc/disk"], 11, uid),
+        (12, ["/usr/bin/qemu-system-x86_64", "file=/tmp/nixvm-abc/disk"], 16, uid),
         (13, ["/usr/bin/qemu-system-x86_64", "file=/home/me/disk"], 1, uid),
         (14, ["vi", "/tmp/nixvm-abc/log"], 1, uid),
         (15, ["/usr/bin/qemu-system-x86_64", "file=/tmp/nixvm-abc/disk"], 1, uid + 1),
+        (16, ["python3", "-I", "-S", "/lib/pytest_nixvm/qemu/_supervise.py", "abc"], 1, uid),
+        (17, ["/lib/systemd/systemd", "--user"], 1, uid),
+        (18, ["/usr/bin/qemu-system-x86_64", "file=/tmp/nixvm-abc/disk"], 17, uid),
     ):
         entry = tmp_path / str(pid)
         entry.mkdir()
         (entry / "cmdline").write_text("\0".join(words) + "\0")
         (entry / "status").write_text(f"Name:\tx\nPPid:\t{parent}\nUid:\t{owner}\t{owner}\n")
     found = doctor.leftovers(tmp_path)
-    assert (found.state, found.mend) == ("warn", (("", "kill 11"),))
+    assert (found.state, found.mend) == ("warn", (("", "kill 11 18"),))
 
 
 class _Cache(http.server.BaseHTTPRequestHandler):
@@ -193,3 +196,41 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     found = doctor.cache_directory(Path(tmp_path / "cache"))
     assert found.state == "fail"
     assert "--nixvm-cache" in found.mend[0][1]
+    assert "chown" not in found.mend[0][1]  # what is above it is not to be given away
+    (tmp_path / "cache").mkdir()
+    assert (
+        f"chown -R $USER {tmp_path}/cache, or"
+        in doctor.cache_directory(tmp_path / "cache").mend[0][1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "flags", "loaded", "mend"),
+    [
+        ("there is no /dev/kvm", "fpu vmx", False, 'boot.kernelModules = [ "kvm-intel" ];'),
+        ("there is no /dev/kvm", "fpu svm", False, "sudo modprobe kvm_amd"),
+        ("there is no /dev/kvm", "fpu svm", True, "in a container, pass the device"),
+        ("there is no /dev/kvm", "fpu hypervisor", False, "turn on nested virtualisation"),
+        ("can't be opened: No such device", "fpu", False, "computer's firmware set-up"),
+        ("can't be opened: No such device", "fpu vmx", False, "sudo modprobe kvm_intel"),
+        ("can't be opened: Permission denied (…)", "fpu vmx", True, "usermod -aG kvm"),
+        ("can't be opened: Device or resource busy", "fpu vmx", True, "use another host"),
+    ],
+)
+def test_kvm_is_mended_by_what_is_wrong_with_it(tmp_path, monkeypatch, reason, flags, loaded, mend):
+    (tmp_path / "kvm").touch()
+    device = tmp_path / ("none" if "there is no" in reason else "kvm")
+    monkeypatch.setattr(doctor, "KVM_DEVICE", device)
+    monkeypatch.setattr(doctor, "_read", lambda _: f"processor: 0\nflags : {flags}\n")
+    monkeypatch.setattr(doctor, "_SYS_MODULES", tmp_path)
+    if loaded:
+        (tmp_path / "kvm_amd").mkdir()
+    assert any(mend in what for _, what in doctor._mend_kvm(reason))
+
+
+def test_a_daemon_that_may_not_be_asked_and_one_that_is_none():
+    [(where, what)] = doctor_nix._mend_daemon(PermissionError(13, "Permission denied"))
+    assert (where, "usermod -aG nix-users" in what) == ("Debian", True)
+    mends = doctor_nix._mend_daemon(FileNotFoundError(2, "No such file or directory"))
+    assert "nix-setup-systemd" in mends[0][1]
+    assert "enable --now nix-daemon.socket" in mends[1][1]
