@@ -138,7 +138,13 @@ def check_new(flake: Path, name: str) -> None:
     """Raise `UserError` if a VM of that name can't be added to the flake in a directory."""
     check_machine(name)
     if not (flake / "flake.nix").is_file():
-        raise UserError(f"{flake} is no flake: `nixvm init` writes one into an empty directory.")
+        above = (each for each in flake.absolute().parents if (each / VMS).is_dir())
+        around = next((each for each in above if (each / "flake.nix").is_file()), None)
+        more = "" if around is None else f" Or is the one around it meant: --flake {around}?"
+        raise UserError(
+            f"{flake.absolute()} is no flake: `nixvm init` writes one into an empty directory."
+            + more
+        )
     if not (flake / VMS).is_dir():
         raise UserError(
             f"{flake} has no {VMS} to put a VM into, so it is not a flake of the layout that "
@@ -164,7 +170,7 @@ def add_vm(flake: Path, name: str, *, home: bool = False) -> Added:
     file = flake / "flake.nix"
     source = flake if (flake / VMS / TEMPLATE / "configuration.nix").is_file() else SOURCE
     try:
-        text = file.read_text()
+        text = file.read_bytes().decode()  # its line ends stay as they are
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}.") from error
     files = _from_template(source, name, home=home)
@@ -176,9 +182,11 @@ def add_vm(flake: Path, name: str, *, home: bool = False) -> Added:
     if changed != text:
         try:
             _replace(file, changed)
-        except OSError as error:
+        except BaseException as error:
             _remove(flake, written)
-            raise UserError(f"{file} can't be written: {error.strerror}.") from error
+            if isinstance(error, OSError):
+                raise UserError(f"{file} can't be written: {error.strerror}.") from error
+            raise
     return Added(name, written, listed=True)
 
 
@@ -222,8 +230,10 @@ def _git(directory: Path, *words: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    said = done.stderr.strip().splitlines()
-    return (said[0] if said else f"exit status {done.returncode}") if done.returncode else ""
+    if not done.returncode:
+        return ""
+    said = [line.strip() for line in done.stderr.splitlines() if not line.startswith("hint:")]
+    return " ".join(said[:2]) or f"exit status {done.returncode}"
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def _from_template(source: Path, name: str, *, home: bool) -> dict[PurePath, byt
 def _write(directory: Path, files: Mapping[PurePath, bytes]) -> tuple[Path, ...]:
     """Write new files, all of them or none. Raises `UserError`."""
     written: list[Path] = []
-    created = not directory.exists()
+    created = [each for each in (directory, *directory.parents) if not each.exists()]
     try:
         for name, content in files.items():
             path = directory / name
@@ -260,9 +270,9 @@ def _write(directory: Path, files: Mapping[PurePath, bytes]) -> tuple[Path, ...]
                 file.write(content)
     except BaseException as error:
         _remove(directory, written)
-        if created:
+        for each in created:
             with contextlib.suppress(OSError):
-                directory.rmdir()
+                each.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"{error.filename or directory}: {error.strerror}.") from error
         raise

@@ -75,6 +75,7 @@ def command(
     if len(words) > 1:
         raise click.UsageError("Which of them? nixvm init takes one directory, or: vm NAME...")
     directory = _path(words[0]) if words else Path()
+    Path.cwd()  # an error, where that was removed
     _begin(directory, user, keys, vms, git=not no_git, as_json=as_json)
 
 
@@ -157,7 +158,8 @@ def _person(user: str | None, files: Sequence[Path]) -> tuple[Person, list[Path]
     found = [*files]
     if own:
         ssh = Path(os.path.expanduser("~/.ssh"))  # noqa: PTH111 - Path's raises without a home
-        found = sorted(path for path in ssh.glob("*.pub") if not path.name.endswith("-cert.pub"))
+        names = _listed(ssh)
+        found = [ssh / n for n in names if n.endswith(".pub") and not n.endswith("-cert.pub")]
     lines: dict[str, None] = {}
     used = []
     for path in found:
@@ -171,6 +173,13 @@ def _person(user: str | None, files: Sequence[Path]) -> tuple[Person, list[Path]
     return Person(name, _full_name(name), tuple(lines)), used
 
 
+def _listed(directory: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
+    except OSError:
+        return []  # none, or none that is ours to read
+
+
 def _keys(path: Path) -> list[str]:
     """Return the public keys in a file. Raises `SettingsError`."""
     # Not at the top: it knows machines, too.
@@ -178,8 +187,10 @@ def _keys(path: Path) -> list[str]:
 
     try:
         text = path.read_text()
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} can't be read: {error}.") from error
+    except OSError as error:
+        raise SettingsError(f"{path} can't be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise SettingsError(f"{path} is no text: {error}.") from error
     if "PRIVATE KEY" in text:
         raise SettingsError(f"{path} is a private key, which stays where it is: give {path}.pub.")
     lines = [line.strip() for line in text.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_a_broken_key_of_one_s_own_is_left_out_and_told(run, home):
     assert status == 0
     assert "left out" in err
     assert "id_rsa.pub" in err
+
+
+def test_what_is_no_file_in_one_s_ssh_is_no_key(run, home, monkeypatch):
+    (home / ".ssh" / "sockets.pub").mkdir()
+    (home / ".ssh" / "gone.pub").symlink_to("/nowhere")
+    os.mkfifo(home / ".ssh" / "pipe.pub")
+    status, out, err = run("one", "--no-git")
+    assert (status, err) == (0, "")
+    assert "No SSH key in ~/.ssh" in out
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(init.os, "scandir", denied)
+        assert init._listed(home / ".ssh") == []
 
 
 @pytest.mark.parametrize(

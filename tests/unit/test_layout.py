@@ -141,6 +141,9 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="File name too long"):
         write_layout(tmp_path / "config", files)
     assert not (tmp_path / "config").exists()
+    with pytest.raises(UserError, match="File name too long"):
+        write_layout(tmp_path / "deep" / "config", files)
+    assert not (tmp_path / "deep").exists()
 
 
 # --- a VM more ---------------------------------------------------------------------------------
@@ -225,6 +228,32 @@ def test_a_machine_that_is_there_is_not_touched(written: Path, place: str) -> No
     assert texts(written) == before
 
 
+def test_control_c_leaves_nothing_half_done(written: Path, monkeypatch) -> None:
+    def interrupted(file: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    before = texts(written)
+    monkeypatch.setattr(layout, "_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add_vm(written, "x-vm")
+    assert texts(written) == before
+
+
+def test_line_ends_are_left_as_they_are(written: Path) -> None:
+    text = (written / "flake.nix").read_text().replace("\n", "\r\n")
+    (written / "flake.nix").write_bytes(text.encode())
+    assert add_vm(written, "x-vm").listed
+    changed = (written / "flake.nix").read_bytes().decode()
+    assert changed.count("\r\n") >= text.count("\r\n") - 1
+    assert '"x-vm"' in changed
+
+
+def test_the_flake_around_a_directory_is_named(written: Path) -> None:
+    inside = written / "machines" / "vms"
+    with pytest.raises(UserError, match=f"--flake {re.escape(str(written))}[?]"):
+        add_vm(inside, "x-vm")
+
+
 def test_a_flake_of_another_layout(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no flake"):
         add_vm(tmp_path, "x-vm")
@@ -276,6 +305,8 @@ def test_what_git_refuses_is_told(tmp_path: Path, monkeypatch) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text("nixos\n")
     files = write_layout(tmp_path / "nixos", layout.layout(CAROL, ["a-vm"]))
-    assert track(tmp_path / "nixos", files, begin=True).startswith("git add failed, and Nix sees")
+    said = track(tmp_path / "nixos", files, begin=True)
+    assert said.startswith("git add failed, and Nix sees")
+    assert said.endswith("ignored by one of your .gitignore files: nixos")
     monkeypatch.setenv("PATH", "/nowhere")
     assert track(tmp_path / "nixos", files).startswith("git is not installed, and Nix sees")
