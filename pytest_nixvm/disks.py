@@ -36,11 +36,14 @@ class KeptDisk:
     share no disk. Raises `SettingsError` if another process holds it, or it can't be kept.
     """
 
-    def __init__(self, name: str, identity: str, base: Path | None = None) -> None:
+    def __init__(
+        self, name: str, identity: str, base: Path | None = None, *, fresh: bool = False
+    ) -> None:
         base = base or platformdirs.user_state_path("pytest-nixvm") / "disks"
         safe = re.sub(r"[^A-Za-z0-9._@-]", "_", name)
         digest = hashlib.blake2b(identity.encode(), digest_size=5).hexdigest()
         self.name = name
+        self._fresh = fresh
         self.path = base / f"{safe}-{digest}.qcow2"
         self._efi_vars = base / f"{safe}-{digest}.efi-vars.fd"
         self.root = base / f"{safe}-{digest}.image"
@@ -117,7 +120,7 @@ class KeptDisk:
         if self._unmade.exists():  # whoever made it was killed
             self.remove()
         below = backing_file(self.path)
-        if below is not None and not below.exists():
+        if below is not None and not below.exists() and not self._fresh:
             raise SettingsError(
                 f"{self.name}'s disk, {self.path}, was made over {below}, which is no longer in "
                 "the store. --fresh begins with a new disk."

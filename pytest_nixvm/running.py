@@ -106,9 +106,11 @@ def directory() -> Path:
         else:
             safe = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not shared
         if not safe:
+            # What is above ours is nobody's to remove: /tmp, or somebody else's /run/user/1000.
+            mend = "Set" if each == path.parent.parent else "Remove it, or set"
             raise SettingsError(
                 f"{each} is not a directory that only you may write to, so the list of running "
-                "VMs can't be kept there. Remove it, or set XDG_RUNTIME_DIR."
+                f"VMs can't be kept there. {mend} XDG_RUNTIME_DIR to a directory of your own."
             )
     return path
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -39,6 +40,9 @@ _REMIND = 60.0
 
 _RETRY = 5.0
 """Seconds after which is looked whether a full disk has room again."""
+
+_LOOK = 10.0
+"""Seconds after which is looked whether this computer has slept."""
 
 _PATIENCE = 5.0
 """Seconds that the agent of a guest has to show that it has not panicked, twice."""
@@ -116,6 +120,7 @@ class Use:
         self._panicked = False
         self._full = False  # the disk under its own: QEMU has paused it
         self._told_full = False
+        self._slept = _slept()
         self._read = 0  # how far the console was looked through
         self._ended = False
         self._let_in: dict[str, SshAccess] = {}
@@ -176,10 +181,13 @@ class Use:
         """
         assert self._qemu is not None  # noqa: S101 - for the type checker
         while True:
-            self._stirred.wait(_RETRY if self._full else None)
+            self._stirred.wait(_RETRY if self._full else _LOOK)
             self._stirred.clear()
             if self._qemu.process.returncode is not None:
                 return self._how_it_ended(self._qemu)
+            if _slept() - self._slept > 1:
+                self._slept = _slept()
+                self._set_clock()
             if self._full:
                 self._go_on(self._qemu)
             if self._suspect and not self._panicked and not self._rebooted:
@@ -317,6 +325,14 @@ class Use:
         finally:
             self._ready.set()
 
+    def _set_clock(self) -> None:
+        """Set the guest's clock, which has stood still while this computer slept."""
+        assert self._machine is not None  # noqa: S101 - for the type checker
+        try:
+            self._machine.agent.set_time()
+        except NixvmError as error:
+            self._say(f"This computer has slept, and {self.name}'s clock may be slow: {error}")
+
     def _read_event(self, event: Event) -> None:
         if event.name == "GUEST_PANICKED":
             self._panicked = True
@@ -370,3 +386,8 @@ class Use:
         lines = re.sub(r"(?m)^", "    ", self._machine.console.tail(15))
         log = self._machine.spec.console_log
         return f"The console's last lines:\n{lines}\nThe whole console: {log}"
+
+
+def _slept() -> float:
+    """Return how many seconds this computer has slept since its start: clock_gettime(2)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -59,9 +59,14 @@ class Share:
         if rest.endswith(":ro"):
             rest, readonly = rest.removesuffix(":ro"), True
         name, _, target = rest.partition(":")
-        source = Path(os.path.normpath(Path.cwd() / Path(name).expanduser()))
-        if not name or not source.is_dir():
-            raise SettingsError(f"--share {text!r}: there is no directory {source}.")
+        if not name:
+            raise SettingsError(f"--share {text!r} should be DIR[:GUESTPATH][:ro].")
+        # Not expanduser(): it raises for the home of somebody who is not here.
+        source = Path(os.path.normpath(Path.cwd() / os.path.expanduser(name)))  # noqa: PTH111
+        if not os.path.isdir(source):  # noqa: PTH112 - never raises
+            there = os.path.lexists(source)
+            why = f"{source} is no directory" if there else f"there is no directory {source}"
+            raise SettingsError(f"--share {text!r}: {why}.")
         if not os.access(source, os.R_OK | os.X_OK):
             raise SettingsError(f"--share {text!r}: {source} can't be read.")
         target = target or f"/mnt/{source.name or 'root'}"

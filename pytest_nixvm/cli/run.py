@@ -75,7 +75,7 @@ def command(
     info = context.named(name)
     flake = context.flake.reference.url
     notes = _Notes()
-    with KeptDisk(info.name, f"{flake}#{info.attribute}") as disk:
+    with KeptDisk(info.name, f"{flake}#{info.attribute}", fresh=fresh) as disk:
         wishes.check_free(wanted.forwards)
         build = context.catalogue.build(info.name)
         below = backing_file(disk.path)
@@ -130,28 +130,34 @@ class _Notes:
 
     def add(self, text: str) -> None:
         if self._waiting is None:
-            click.echo(text, err=True)
+            _say(text)
         else:
             self._waiting.append(text)
 
     def show(self) -> None:
         waiting, self._waiting = self._waiting, None
         for text in waiting or ():
-            click.echo(text, err=True)
+            _say(text)
+
+
+def _say(text: str) -> None:
+    # The terminal may have been closed: then the guest powers off all the same, unheard.
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
 
 
 def _wait(use: Use) -> int:
     """Wait for the VM's end, from inside or by a signal; return the exit status."""
     try:
-        click.echo(f"{use.name} has ended: {use.wait()}.", err=True)
+        _say(f"{use.name} has ended: {use.wait()}.")
     except KeyboardInterrupt:
-        click.echo(f"\n{use.name} powers down. Ctrl-C again cuts its power.", err=True)
+        _say(f"\n{use.name} powers down. Ctrl-C again cuts its power.")
         try:
             use.power_down()
         except KeyboardInterrupt:
-            click.echo(f"\n{use.name}'s power is cut.", err=True)
+            _say(f"\n{use.name}'s power is cut.")
             raise
-        click.echo(f"{use.name} is off.", err=True)
+        _say(f"{use.name} is off.")
     return 0
 
 
@@ -186,7 +192,8 @@ def _signals() -> Iterator[Callable[[], None]]:
 
     try:
         for number in _ENDING:
-            signal.signal(number, interrupt)
+            if number != signal.SIGHUP or before[number] != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, interrupt)
         yield ignore
     finally:
         for number, handler in before.items():

@@ -53,7 +53,7 @@ def running_vm(name: str, flake: str | None) -> running.Running:
     return running.find(name, url, strict=flake is not None)
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(context_settings={"allow_interspersed_args": False})  # behind NAME all is COMMAND
 @click.argument("name", metavar="NAME", shell_complete=complete_running)
 @click.argument("words", metavar="[COMMAND...]", nargs=-1, type=click.UNPROCESSED)
 @flake_option

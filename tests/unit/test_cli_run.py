@@ -17,6 +17,7 @@ from _flake import OPTIONS, machine, needs_nix, write_flake
 from pytest_nixvm import running, wishes
 from pytest_nixvm.cli import console as console_command
 from pytest_nixvm.cli import main
+from pytest_nixvm.cli import run as run_command
 from pytest_nixvm.cli import ssh as ssh_command
 from pytest_nixvm.control import Control
 from pytest_nixvm.disks import KeptDisk
@@ -105,9 +106,11 @@ def test_shares_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "there is no directory"),
+        ("", "should be DIR"),
         ("none", "there is no directory"),
-        ("file", "there is no directory"),
+        ("file", "file is no directory"),
+        ("~nobody-of-that-name/x", "there is no directory"),
+        ("x" * 5000, "there is no directory"),
         (".:relative", "an absolute path other than /"),
         (".:/", "an absolute path other than /"),
         (".://", "an absolute path other than /"),
@@ -241,6 +244,49 @@ def test_list_shows_what_runs_of_this_flake(run, nixvm, tmp_path):
         assert out.splitlines()[1].split()[3] == shown
 
 
+class Ending:
+    """A VM in use: Control-C, and then it is powered down."""
+
+    name = "dev-vm"
+
+    def __init__(self):
+        self.done = []
+
+    def wait(self):
+        raise KeyboardInterrupt
+
+    def power_down(self):
+        self.done.append("power down")
+
+
+def test_terminal_that_is_closed_still_has_the_guest_power_off(monkeypatch):
+    def hung_up(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(run_command.click, "echo", hung_up)
+    use = Ending()
+    assert run_command._wait(use) == 0
+    assert use.done == ["power down"]
+    notes = run_command._Notes()
+    notes.show()
+    notes.add("said while it shuts down")
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_closed_terminal_ends_it_unless_nohup_has_said_otherwise(nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with run_command._signals():
+            if nohup:
+                os.kill(os.getpid(), signal.SIGHUP)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # --- nixvm ssh and console ----------------------------------------------------------------------
 
 
@@ -318,6 +364,12 @@ def test_ssh_is_given_the_command_as_it_is(nixvm, host, monkeypatch):
     assert argv[0] == "/bin/ssh"
     assert "-t" in argv
     assert argv[-5:] == ["root@127.0.0.1", "ls", "-l", "--user", "x"]
+
+
+def test_option_that_ssh_has_and_we_have_not_is_said(nixvm, host):
+    status, out, err = nixvm("ssh", "-p", "22", "dev-vm")
+    assert (status, out) == (2, "")
+    assert err.startswith("nixvm: No such option '-p'")
 
 
 def test_ssh_command_is_printed_for_other_programs(nixvm, host):

@@ -192,6 +192,8 @@ def test_disk_over_an_image_that_is_gone_is_said(tmp_path):
         assert backing_file(disk.path) == Path(name.decode())
     with pytest.raises(SettingsError, match=r"no longer in the store\. --fresh begins"):
         KeptDisk("dev-vm", "a").__enter__()
+    with KeptDisk("dev-vm", "a", fresh=True) as disk:
+        assert disk.remove()
 
 
 def test_disk_that_stands_alone_has_nothing_below(tmp_path):

@@ -261,3 +261,30 @@ def test_guest_without_an_agent_is_powered_down_by_its_button(use):
     use._machine.agent.gone = True
     use.power_down()
     assert use._qemu.pressed
+
+
+def test_clock_is_set_when_the_computer_has_slept(use, monkeypatch):
+    asleep = [100.0]
+    monkeypatch.setattr(module, "_LOOK", 0.01)
+    monkeypatch.setattr(module, "_slept", lambda: asleep[0])
+    use._slept = 100.0
+    tried = []
+
+    def set_time():
+        tried.append(asleep[0])
+        if len(tried) == 2:
+            ends(use, 0)
+            raise AgentError("no answer")
+        asleep[0] = 900.0
+
+    use._machine.agent.set_time = set_time
+    threading.Timer(0.2, lambda: asleep.__setitem__(0, 500.0)).start()
+    assert use.wait() == "the guest shut down"
+    assert tried == [500.0, 900.0]
+    assert use.said == ["This computer has slept, and vm's clock may be slow: no answer"]
+
+
+def test_computer_that_did_not_sleep_is_known_as_such():
+    before = module._slept()
+    assert before >= -0.01
+    assert abs(module._slept() - before) < 0.5
