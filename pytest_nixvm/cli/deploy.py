@@ -34,16 +34,16 @@ class NotTestedError(UserError):
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
-    default=120.0,
+    type=click.IntRange(1, 86400),
+    default=120,
     show_default=True,
     metavar="SECONDS",
     help="How long the host may take to be well after the activation; then it goes back.",
 )
 @click.option(
     "--switch-timeout",
-    type=click.FloatRange(min=1),
-    default=900.0,
+    type=click.IntRange(1, 86400),
+    default=900,
     show_default=True,
     metavar="SECONDS",
     help="How long the activation itself may take.",
@@ -72,8 +72,8 @@ def command(
     name: str,
     to: str,
     force: str | None,
-    timeout: float,
-    switch_timeout: float,
+    timeout: int,
+    switch_timeout: int,
     checks: Sequence[str],
     boot: bool,
     dry_run: bool,
@@ -161,7 +161,8 @@ def _check_tests(context: Context, name: str, toplevel: str, *, forced: bool) ->
 
 def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_json: bool) -> None:
     closure = system.closure(context.catalogue.nix, toplevel)
-    lines = difference(host.call("requisites").split(), closure)
+    old = [line for line in host.call("requisites").splitlines() if line.startswith("/")]
+    lines = difference(old, closure)
     ended = host.run("dry", toplevel, timeout=300)
     context.progress.close()
     if as_json:

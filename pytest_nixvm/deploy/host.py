@@ -21,6 +21,7 @@ SCRIPT = "/run/nixvm-deploy.sh"
 
 _SSH_FAILED = 255  # ssh(1): also where the command itself ends with that, which ours don't
 _BUSY = 3
+_NOT_ROOT = 77
 _CONNECT_TIMEOUT = 10
 _CALL_TIMEOUT = 60.0
 
@@ -94,6 +95,11 @@ class Facts:
             elif sign:
                 values[name] = value
         return cls(values, tuple(failed))
+
+    def without(self, *names: str) -> Facts:
+        """Return them without some."""
+        kept = {name: value for name, value in self.values.items() if name not in names}
+        return Facts(kept, self.failed)
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")
@@ -172,9 +178,17 @@ class Host:
         """Put remote.sh on the host. Raises `SshError`, `DeployError`."""
         path = shlex.quote(self._script)
         # Renamed into its place: a deploy that is under way goes on reading the one that it has.
-        command = f"umask 077; cat > {path}.$$ && mv -f {path}.$$ {path}"
+        command = (
+            f'test "$(id -u)" = 0 || exit {_NOT_ROOT}; '
+            f"umask 077; cat > {path}.$$ && mv -f {path}.$$ {path}"
+        )
         text = REMOTE.read_text(encoding="utf-8")
         ended = self.ssh(f"sh -c {shlex.quote(command)}", data=text)
+        if ended.returncode == _NOT_ROOT:
+            raise DeployError(
+                f"{self.target} does not log in as root: a system is switched by root. "
+                f"Name it: ssh://root@{self.target.host}."
+            )
         if ended.returncode != 0:
             raise DeployError(
                 f"{self.target}: {self._script} can't be written there: {ended.stderr.strip()}"
@@ -201,13 +215,8 @@ class Host:
 
 def check(facts: Facts, target: Target, machine: str) -> None:
     """Raise `DeployError` where the host can't be deployed to. `machine` is uname's: x86_64."""
-    if facts["uid"] != "0":
-        raise DeployError(
-            f"{target} logs in with uid {facts['uid'] or '?'}: a system is switched by root. "
-            f"Name it: ssh://root@{target.host}."
-        )
     for name, what in (
-        ("nixos", "is no NixOS: it has no /etc/NIXOS, or no switch-to-configuration"),
+        ("nixos", "is no NixOS, or has no switch-to-configuration"),
         ("systemd", "has no systemd-run"),
         ("nix", "has no nix: nothing can be copied into its store"),
     ):

@@ -6,6 +6,7 @@ Whatever ends this process, the host goes back by itself: see remote.sh.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +20,12 @@ from pytest_nixvm.wait import Deadline
 MARGIN = 15.0
 """Seconds that the host waits longer than we look: a confirmation must not come too late."""
 
-_ENDED = ("committed", "rolled-back", "rollback-failed")
+_ENDED = ("committed", "rolled-back", "rollback-failed", "overtaken")
 _BACK = 660.0  # seconds that going back may take: as remote.sh has it, and a little
 _UNIT_GRACE = 10.0  # seconds for a unit that has failed to be started again by systemd
+_GONE_GRACE = 20.0  # seconds for the unit on the host to be there, or to say how it ended
 _CHECK_TIMEOUT = 60.0
+_NOBODY = "nobody is at work there any more"
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of it. `outcome` is unknown where the host can't be reached any more."""
+    """What became of it.
+
+    `outcome` is overtaken where somebody else has switched the host meanwhile, unknown where the
+    host can't be reached any more. `bad_loader`: what it boots could not be put back.
+    """
 
     name: str
     host: str
-    outcome: Literal["committed", "unchanged", "rolled-back", "rollback-failed", "unknown"]
+    outcome: Literal[
+        "committed", "unchanged", "rolled-back", "rollback-failed", "overtaken", "unknown"
+    ]
     old: str
     new: str
     generation: str
@@ -52,6 +61,7 @@ class Result:
     output: str = ""  # of the activation, where it did not go well
     interrupted: bool = False
     boot: bool = False
+    bad_loader: bool = False
 
     @property
     def ok(self) -> bool:
@@ -85,16 +95,17 @@ class Deploy:
         self._progress = progress
         self._pause = pause
         self._before = Facts({}, ())
+        self._id = secrets.token_hex(8)  # tells this deploy from others to the same host
 
     def run(self, before: Facts, copy: Callable[[], None]) -> Result:
         """Deploy; `before` is what the host has said of itself.
 
         Raises:
-            SshError, DeployError: before anything was activated.
+            SshError, DeployError: nothing was activated, nor will it be.
         """
         self._before, plan = before, self._plan
         if before["profile"] == plan.toplevel and plan.toplevel == before["current"]:
-            return self._result("unchanged", before["generation"])
+            return self._result("unchanged", before)
         try:
             self._host.call("root_for", plan.toplevel)
             copy()
@@ -105,20 +116,17 @@ class Deploy:
         try:
             return self._switch()
         except KeyboardInterrupt:
-            return self._go_back("it was interrupted", interrupted=True)
+            why = "it was interrupted"
+            try:
+                return self._go_back(why, interrupted=True)
+            except KeyboardInterrupt:  # once more: nobody wants to wait
+                return self._result("unknown", Facts({}, ()), why, interrupted=True)
 
     def _switch(self) -> Result:
         plan = self._plan
         step = self._progress.step("Activating" if not plan.boot else "Setting the boot default")
         try:
-            self._host.call(
-                "start",
-                "boot" if plan.boot else "test",
-                plan.toplevel,
-                str(int(plan.switch_timeout)),
-                str(int(plan.timeout + MARGIN)),
-                plan.reason,
-            )
+            self._start()
             if plan.boot:
                 step.finish()
                 return self._end(_BACK)
@@ -143,6 +151,25 @@ class Deploy:
         return result
 
     # --- steps -----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        plan = self._plan
+        try:
+            self._host.call(
+                "start",
+                "boot" if plan.boot else "test",
+                plan.toplevel,
+                str(int(plan.switch_timeout)),
+                str(int(plan.timeout + MARGIN)),
+                plan.reason,
+                self._id,
+            )
+        except SshError as error:  # it may be under way all the same
+            raise _Unwell(str(error)) from None
+        except DeployError:
+            with contextlib.suppress(SshError, DeployError):
+                self._host.call("release", timeout=10)
+            raise
 
     def _activated(self) -> None:
         """Wait for the end of the activation, which may well cut the network for a while."""
@@ -181,6 +208,8 @@ class Deploy:
             facts = self._look()
             if facts["current"] != self._plan.toplevel:
                 return f"{facts['current']} runs, which is not what was activated"
+            if facts["silent"]:
+                return "systemd does not answer"
             if facts.failed:
                 return f"units failed: {', '.join(facts.failed)}"
             for command in self._plan.checks:
@@ -203,7 +232,10 @@ class Deploy:
 
     def _facts(self) -> Facts:
         try:
-            return self._host.facts()
+            facts = self._host.facts()
+            # Of a deploy before this one, or of one that came after it: neither says what became
+            # of this one.
+            return facts if facts["id"] == self._id else facts.without("state", "busy")
         except DeployError as error:  # as good as no answer
             # A host that was restarted has lost remote.sh, as all that was in /run.
             with contextlib.suppress(SshError, DeployError):
@@ -213,47 +245,73 @@ class Deploy:
     def _confirm(self) -> None:
         """Confirm. Where the answer is lost, or it came too late, the host's state decides."""
         with contextlib.suppress(SshError, DeployError):
-            self._host.call("confirm", self._plan.toplevel)
+            self._host.call("confirm", self._plan.toplevel, self._id)
 
     def _go_back(self, reason: str, *, interrupted: bool = False) -> Result:
         step = self._progress.step("Going back to the old generation")
         try:
-            with contextlib.suppress(SshError, DeployError):
-                self._host.call("abort", reason, timeout=20)
-            result = self._end(self._plan.timeout + MARGIN + _BACK, reason, interrupted)
+            result = self._end(
+                self._plan.timeout + MARGIN + _BACK, reason, interrupted=interrupted, abort=True
+            )
         except BaseException:
             step.fail()
             raise
         (step.finish if result.outcome == "rolled-back" else step.fail)()
         return result
 
-    def _end(self, seconds: float, reason: str = "", interrupted: bool = False) -> Result:
-        """Wait until the host says what has become of it, and tell that."""
+    def _end(
+        self, seconds: float, reason: str = "", *, interrupted: bool = False, abort: bool = False
+    ) -> Result:
+        """Wait until the host says what has become of it, and tell that.
+
+        With `abort` it is asked to go back first, which it may have to be more than once.
+        """
         deadline = Deadline(seconds)
+        gone: Deadline | None = None
         why = ""
         while not deadline.expired:
             try:
+                if abort:
+                    # One line: what ssh says may have several.
+                    self._host.call("abort", " ".join(reason.split()), self._id, timeout=20)
+                    abort = False
                 facts = self._facts()
-            except SshError as error:
+            except (SshError, DeployError) as error:
                 why = str(error)
+                if isinstance(error, DeployError):  # a host that was restarted has lost remote.sh
+                    with contextlib.suppress(SshError, DeployError):
+                        self._host.upload()
             else:
-                state = facts["state"]
-                if state in _ENDED and not facts["busy"]:
-                    return self._result(
-                        state, facts["generation"], reason or facts["reason"], interrupted
-                    )
-                if not facts["busy"] and not state:  # restarted: /run is empty
-                    back = facts["current"] == self._before["current"]
-                    outcome = "rolled-back" if back else "unknown"
-                    return self._result(outcome, facts["generation"], reason, interrupted)
+                outcome = None if facts["busy"] else self._outcome(facts)
+                if outcome is not None:
+                    return self._result(outcome, facts, reason, interrupted=interrupted)
+                if facts["busy"]:
+                    gone = None
+                elif gone is None:
+                    gone = Deadline(_GONE_GRACE)
+                elif gone.expired:
+                    why = f"{_NOBODY}, and it runs {facts['current']}."
+                    break
             time.sleep(self._pause)
-        return self._result("unknown", "", f"{reason} {why}".strip(), interrupted)
+        why = f"{reason.rstrip('.')}. {why}" if reason and why else reason or why
+        return self._result("unknown", Facts({}, ()), why, interrupted=interrupted)
+
+    def _outcome(self, facts: Facts) -> str | None:
+        """Return what has become of it where nobody is at work there, None if that is not clear."""
+        if facts["state"] in _ENDED:
+            return facts["state"]
+        if not facts["state"]:  # it never began, or the host was restarted: /run is empty
+            if facts["current"] == facts["profile"] == self._plan.toplevel:
+                return "committed"
+            if facts["current"] in (self._before["current"], self._before["profile"]):
+                return "rolled-back"
+        return None
 
     def _result(
-        self, outcome: Any, generation: str, reason: str = "", interrupted: bool = False
+        self, outcome: Any, facts: Facts, reason: str = "", *, interrupted: bool = False
     ) -> Result:
         output = ""
-        if outcome in ("rolled-back", "rollback-failed"):
+        if outcome in ("rolled-back", "rollback-failed") and facts["state"]:
             with contextlib.suppress(SshError, DeployError):
                 output = self._host.call("output")
         return Result(
@@ -262,11 +320,12 @@ class Deploy:
             outcome,
             self._before["current"],
             self._plan.toplevel,
-            generation,
-            "" if outcome in ("committed", "unchanged") else reason,
+            facts["generation"],
+            "" if outcome in ("committed", "unchanged") else reason or facts["reason"],
             output,
             interrupted,
             self._plan.boot,
+            facts["loader"] == "bad",
         )
 
 
@@ -284,23 +343,30 @@ def told(result: Result) -> str:
             + f"To go back by hand: {login} nixos-rebuild switch --rollback"
         )
     why = f" {result.reason.rstrip('.')}." if result.reason else ""
-    if result.outcome == "rolled-back":
-        text = f"{host} was not switched to {name}:{why}\nIt runs {result.old}, as before."
-        if "only booted" in result.reason:
-            text += "\nHave it booted the next time: nixvm deploy --boot."
-        if result.output.strip():
-            text += "\nThe activation said:\n" + _indent(result.output)
-        return text
+    if result.outcome == "unknown":
+        text = f"It is not known whether {host} was switched to {name}:{why}\n"
+        if not result.boot and _NOBODY not in result.reason:
+            text += f"It goes back to {result.old} by itself unless it has heard that all is well. "
+        return text + f"Look: {login} journalctl -u nixvm-deploy"
+    text = f"{host} was not switched to {name}:{why}"
+    if result.outcome == "overtaken":
+        return text + "\nIt is left as it is now."
     if result.outcome == "rollback-failed":
-        return (
-            f"{host} was not switched to {name}:{why}\nGoing back has failed as well. Its boot "
-            f"default is the old generation: reboot it.\nThe activation said:\n"
-            + _indent(result.output)
+        text += "\nGoing back has failed as well."
+        if not result.bad_loader:
+            text += " Its boot default is the old generation: reboot it."
+    else:
+        text += f"\nIt runs {result.old}, as before."
+    if result.bad_loader:
+        text += (
+            "\nWhat it boots could not be put back: mend that before a reboot. "
+            f"{login} /nix/var/nix/profiles/system/bin/switch-to-configuration boot"
         )
-    return (
-        f"{host} can't be reached:{why}\nIt goes back to {result.old} by itself. Look: {login} "
-        "journalctl -u nixvm-deploy; a reboot brings the old generation back, too."
-    )
+    if "only booted" in result.reason:
+        text += "\nHave it booted the next time: nixvm deploy --boot."
+    if result.output.strip():
+        text += "\nThe activation said:\n" + _indent(result.output)
+    return text
 
 
 def _indent(text: str) -> str:

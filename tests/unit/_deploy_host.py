@@ -31,22 +31,29 @@ until [ -s "$R/pid" ]; do sleep 0.02; done
 """,
     "systemctl": r"""
 case $1 in
-  is-active) [ -e "$R/active" ] && echo active || echo inactive ;;
+  is-active) [ -e "$R/reexec" ] || { [ -e "$R/active" ] && echo active || echo inactive; } ;;
   is-system-running) if [ -e "$R/stopping" ]; then echo stopping; else echo running; fi ;;
-  list-units) [ ! -e "$R/failed" ] || sed 's/$/ loaded failed failed it/' "$R/failed" ;;
+  list-units)
+    [ ! -e "$R/silent" ] || exit 1
+    [ ! -e "$R/restarts" ] || sed 's/$/ loaded activating auto-restart it/' "$R/restarts"
+    [ ! -e "$R/failed" ] || sed 's/$/ loaded failed failed it/' "$R/failed" ;;
+  show) case ${*: -1} in well*) echo 0 ;; *) echo 1 ;; esac ;;
 esac
 """,
     "nix-env": r"""
 echo "nix-env $*" >> "$R/log"
 [ ! -e "$R/no-nix-env" ] || exit 1
-profile=$2
-ln -s "$4" "$profile-2-link"; ln -sfn system-2-link "$profile"
+profile=$2 number=2
+while [ -L "$profile-$number-link" ] && [ "$(readlink "$profile-$number-link")" != "$4" ]; do
+  number=$((number + 1))
+done
+ln -sfn "$4" "$profile-$number-link"; ln -sfn "system-$number-link" "$profile"
 """,
     "nix-store": r"""
 hash=$(printf 1%.0s {1..32})
 for name in a-1.0 b-2.0 gone-3.1; do echo "/nix/store/$hash-$name"; done
 """,
-    "id": "echo 0",
+    "id": 'if [ -e "$R/uid" ]; then cat "$R/uid"; else echo 0; fi',
     "ssh": r"""
 echo "ssh $*" >> "$R/ssh"
 while (($#)); do
@@ -109,8 +116,8 @@ class Host:
         argv = ["bash", str(SCRIPT), *words]
         return subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=30)
 
-    def start(self, mode="test", activate=20, confirm=20, reason=""):
-        return self.call("start", mode, self.new, str(activate), str(confirm), reason)
+    def start(self, mode="test", activate=20, confirm=20, reason="", deploy=""):
+        return self.call("start", mode, self.new, str(activate), str(confirm), reason, deploy)
 
     def until(self, *states):
         end = time.monotonic() + 20
@@ -118,6 +125,12 @@ class Host:
             assert time.monotonic() < end, (state, self.journal())
             time.sleep(0.05)
         return state
+
+    def stop(self):
+        """End what is under way, whose ever it is."""
+        if (self.root / "active").exists():
+            self.call("abort", "the test is over", self.facts()["id"])
+            self.ended()
 
     def ended(self, timeout=20):
         end = time.monotonic() + timeout
@@ -136,6 +149,9 @@ class Host:
     def facts(self):
         lines = self.call("status").stdout.splitlines()
         return dict(line.split("=", 1) for line in lines)
+
+    def log(self):
+        return (self.root / "log").read_text().splitlines()
 
     def runs(self):
         """What runs, what boots next, and what the profile names."""

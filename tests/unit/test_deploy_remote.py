@@ -1,6 +1,7 @@
 """The actor on the host, run here on a host that is made of directories and small programs."""
 
 import shutil
+import threading
 import time
 
 import pytest
@@ -16,9 +17,7 @@ NEW = ("new", "new", "new")
 def host(tmp_path):
     host = Host(tmp_path / "host")
     yield host
-    if (host.root / "active").exists():
-        host.call("abort", "the test is over")
-        host.ended()
+    host.stop()
 
 
 def test_preflight_says_what_the_host_is(host):
@@ -83,13 +82,165 @@ def test_activation_that_fails_half_way_is_undone(host, status):
     assert "no" in host.call("output").stdout
 
 
-@pytest.mark.parametrize(("status", "reason"), [(1, "refused"), (11, "refused"), (100, "booted")])
-def test_what_refuses_before_anything_is_changed_is_left_alone(host, status, reason):
-    host.behave("new.test", f"exit {status}")
+@pytest.mark.parametrize(
+    ("status", "said", "reason"),
+    [
+        (1, "Pre-switch checks failed", "refused"),
+        (11, "Could not acquire lock", "refused"),
+        (100, "", "booted"),
+    ],
+)
+def test_what_refuses_before_anything_is_changed_is_left_alone(host, status, said, reason):
+    host.behave("new.test", f"echo {said} >&2; exit {status}")
     host.start()
     assert host.ended() == "rolled-back"
-    assert "old test" not in (host.root / "log").read_text()
+    assert "old test" not in host.log()
     assert reason in host.facts()["reason"]
+
+
+def test_error_before_the_new_system_runs_may_have_stopped_units(host):
+    """switch-to-configuration stops units first: 1 is any error of its own, then or later."""
+    host.behave("new.test", 'echo "stopping the following units: a.service"; exit 1')
+    host.start()
+    assert host.ended() == "rolled-back"
+    assert host.log() == ["new test", "old test"]
+
+
+FAILS_AGAIN = 'ln -sfn "$me" "$R/run/current-system"; echo "%s"; exit 4'
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("Failed to run activate script", "the activation script failed"),
+        ("Failed to start b.service", "units failed: b.service"),
+        ("Failed to restart b@c:d.service: it is masked", "units failed: b@c:d.service"),
+        ("warning: the following units failed: a.service, b.service", "units failed: b.service"),
+        ("warning: user activation for me failed", "units failed: activation-of-user-me"),
+    ],
+)
+def test_unit_that_had_failed_before_hides_no_other_failure(host, said, reason):
+    host.behave("failed", "a.service\n")
+    host.behave("new.test", FAILS_AGAIN % said)
+    host.start()
+    assert host.ended() == "rolled-back"
+    assert host.facts()["reason"] == reason
+
+
+@pytest.mark.parametrize(
+    "said", ["", "Failed to stop swapping to /dev/x.y: no", "Failed to start a.service"]
+)
+def test_unit_that_fails_again_is_no_new_failure(host, said):
+    host.behave("failed", "a.service\n")
+    host.behave("new.test", FAILS_AGAIN % said)
+    host.start()
+    host.until("waiting")
+
+
+def test_unit_that_is_started_again_and_again_has_failed(host):
+    host.start()
+    host.until("waiting")
+    host.behave("restarts", "well.service\n")
+    assert "failed" not in host.facts()
+    host.behave("restarts", "well.service\nb.service\n")
+    assert host.facts()["failed"] == "b.service"
+
+
+def test_systemd_that_does_not_answer_for_a_moment_has_not_ended_it(host):
+    host.start()
+    host.until("waiting")
+    host.behave("reexec", "")
+    threading.Timer(1.0, (host.root / "reexec").unlink).start()
+    assert host.facts()["busy"] == "yes"
+
+
+def test_systemd_that_does_not_answer_is_no_sign_of_health(host):
+    host.start()
+    host.until("waiting")
+    host.behave("silent", "")
+    assert host.facts()["silent"] == "yes"
+
+
+def test_checks_of_the_old_system_do_not_keep_it_from_coming_back(host):
+    host.behave("new.test", '[ -z "${NIXOS_NO_CHECK-}" ] || exit 1')
+    host.behave("old.test", '[ "${NIXOS_NO_CHECK-}" = 1 ] || exit 1')
+    host.start(confirm=0)
+    assert host.ended() == "rolled-back"
+    assert host.runs() == OLD
+
+
+def test_switch_of_somebody_else_is_not_undone(host):
+    other = host.root / "nix/store/other"
+    shutil.copytree(host.root / "nix/store/new", other)
+    host.start(confirm=1)
+    host.until("waiting")
+    (host.root / "run/current-system").unlink()
+    (host.root / "run/current-system").symlink_to(other)
+    assert host.ended() == "overtaken"
+    assert host.runs() == ("other", "old", "old")
+    assert "old test" not in host.log()
+
+
+def test_start_that_comes_after_its_end_is_refused(host):
+    host.call("abort", "Ctrl-C", "one")
+    late = host.start(deploy="one")
+    assert (late.returncode, "called off" in late.stderr) == (3, True)
+    assert host.start(deploy="two").returncode == 0
+
+
+def test_another_deploy_is_neither_ended_nor_confirmed_nor_uncovered(host):
+    host.call("root_for", host.new)
+    host.start(deploy="one")
+    host.until("waiting")
+    host.call("abort", "Ctrl-C", "two")
+    assert host.call("confirm", host.new, "two").returncode == 3
+    host.call("release")
+    assert host.rooted == ["nixvm-deploy", "nixvm-deploy-old"]
+    time.sleep(0.5)
+    assert host.state() == "waiting"
+    host.call("confirm", host.new, "one")
+    assert host.ended() == "committed"
+
+
+def test_boot_loader_that_cannot_be_put_back_is_said(host):
+    host.behave("new.boot", "exit 1")
+    host.behave("old.boot", "exit 1")
+    host.start()
+    host.until("waiting")
+    host.call("confirm", host.new)
+    assert host.ended() == "rolled-back"
+    assert host.facts()["loader"] == "bad"
+
+
+def test_going_back_waits_for_another_switch(host):
+    host.behave("old.test", 'echo x >> "$R/tried"; [ "$(wc -l < "$R/tried")" -gt 4 ] || exit 11')
+    host.start(confirm=0)
+    assert host.ended() == "rolled-back"
+    assert host.runs() == OLD
+
+
+def test_old_generation_that_was_deleted_meanwhile_is_made_again(host):
+    host.behave("new.boot", 'rm "$R/nix/var/nix/profiles/system-1-link"; exit 1')
+    host.start()
+    host.until("waiting")
+    host.call("confirm", host.new)
+    assert host.ended() == "rolled-back"
+    assert host.runs() == OLD
+
+
+def test_boot_default_that_cannot_be_set_activates_nothing(host):
+    host.behave("new.boot", "exit 1")
+    host.start("boot")
+    assert host.ended() == "rolled-back"
+    assert "old test" not in host.log()
+    assert host.runs() == OLD
+
+
+def test_host_is_told_by_its_release_as_well(host):
+    (host.root / "etc/NIXOS").unlink()
+    assert "nixos=yes" not in host.call("preflight").stdout
+    host.behave("etc/os-release", "NAME=NixOS\nID=nixos\n")
+    assert "nixos=yes" in host.call("preflight").stdout
 
 
 def test_units_that_fail_are_a_failure_unless_they_had_failed_before(host):

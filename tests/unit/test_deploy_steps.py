@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from _deploy_host import PROGRAMS
 from _deploy_host import Host as FakeHost
 
 from pytest_nixvm.deploy.host import DeployError, Facts, Host, Target, check
@@ -45,9 +46,7 @@ def fake(tmp_path, monkeypatch):
     for name in ("R", "NIXVM_DEPLOY_ROOT", "PATH"):
         monkeypatch.setenv(name, fake.env[name])
     yield fake
-    if (fake.root / "active").exists():
-        fake.call("abort", "the test is over")
-        fake.ended()
+    fake.stop()
 
 
 @pytest.fixture
@@ -141,6 +140,91 @@ def test_interrupted_it_goes_back_at_once(host, fake):
     assert fake.runs() == ("old", "old", "old")
 
 
+def deployed_before(fake):
+    """Leave what a deploy of yesterday leaves."""
+    fake.start(deploy="yesterday")
+    fake.until("waiting")
+    fake.call("confirm", fake.new, "yesterday")
+    assert fake.ended() == "committed"
+    (fake.root / "ended").unlink()
+    for link, to in (("run/current-system", fake.old), ("nix/var/nix/profiles/system", fake.old)):
+        (fake.root / link).unlink()
+        (fake.root / link).symlink_to(to)
+
+
+def test_interrupted_before_it_began_it_is_not_taken_for_the_one_before(host, fake):
+    deployed_before(fake)
+    made = Deploy(host, Plan("server", fake.new), Silent(), pause=0.1)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    made._start = interrupted
+    result = made.run(host.facts("preflight"), lambda: None)
+    assert (result.outcome, result.output) == ("rolled-back", "")
+    assert fake.start(deploy=made._id).returncode == 3  # what was under way comes too late
+
+
+def test_line_that_is_lost_while_it_starts_sends_it_back(host, fake):
+    ssh = fake.root / "bin/ssh"
+    lost = 'case $* in *" start "*) lost=1 ;; esac\n'
+    fake.program(
+        ssh,
+        PROGRAMS["ssh"].replace("exec bash", f"{lost}bash")
+        + '[ -z "${lost-}" ] || { echo "Connection reset by peer" >&2; exit 255; }\n',
+    )
+    result = deploy(host, fake, timeout=30.0)
+    assert result.outcome == "rolled-back"
+    assert "Connection reset by peer" in told(result)
+    assert fake.ended() == "rolled-back"
+    assert fake.runs() == ("old", "old", "old")
+
+
+def test_interrupted_twice_it_says_what_the_host_does(host, fake):
+    made = Deploy(host, Plan("server", fake.new), Silent(), pause=0.1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    made._well = made._end = interrupted
+    result = made.run(host.facts("preflight"), lambda: None)
+    assert (result.outcome, result.interrupted) == ("unknown", True)
+    assert f"goes back to {fake.old} by itself unless" in told(result)
+
+
+def test_host_that_was_restarted_after_it_was_confirmed_keeps_it(host, fake):
+    made = Deploy(host, Plan("server", fake.new), Silent(), pause=0.1)
+
+    def restarted():
+        host.call("confirm", fake.new, made._id)
+        assert fake.ended() == "committed"
+        shutil.rmtree(fake.root / "run/nixvm-deploy")
+        (fake.root / "run/nixvm-deploy.sh").unlink()
+
+    made._confirm = restarted
+    assert made.run(host.facts("preflight"), lambda: None).outcome == "committed"
+
+
+def test_systemd_that_does_not_answer_is_not_well(host, fake):
+    fake.behave("new.test", 'touch "$R/silent"')
+    result = deploy(host, fake, timeout=1.0)
+    assert (result.outcome, result.reason) == ("rolled-back", "systemd does not answer")
+
+
+def test_host_that_boots_something_else_is_said(host, fake):
+    fake.behave("new.boot", "exit 1")
+    fake.behave("old.boot", "exit 1")
+    said = told(deploy(host, fake))
+    assert "the boot loader could not be installed" in said
+    assert "What it boots could not be put back" in said
+
+
+def test_who_is_not_root_is_told_to_be(host, fake):
+    fake.behave("uid", "1000\n")
+    with pytest.raises(DeployError, match=r"switched by root\. Name it: ssh://root@host"):
+        host.upload()
+
+
 def test_copy_that_fails_changes_nothing(host, fake):
     def copy():
         raise DeployError("no room")
@@ -190,7 +274,7 @@ def test_host_that_cannot_be_reached_is_told_in_the_words_of_ssh(host, fake):
 
 
 GOOD = {
-    "uid": "0", "nixos": "yes", "systemd": "yes", "nix": "yes", "current": "/nix/store/x",
+    "nixos": "yes", "systemd": "yes", "nix": "yes", "current": "/nix/store/x",
     "profile": "/nix/store/x", "machine": "x86_64",
 }  # fmt: skip
 
@@ -198,7 +282,6 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"uid": "1000"}, "switched by root"),
         ({"nixos": ""}, "is no NixOS"),
         ({"systemd": ""}, "no systemd-run"),
         ({"nix": ""}, "has no nix"),
