@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from pytest_nixvm.catalogue import Catalogue
+from pytest_nixvm.cli.completion import complete_directories
 from pytest_nixvm.errors import FlakeError
 from pytest_nixvm.flake.build import MachineInfo
 from pytest_nixvm.flake.flake import Flake
@@ -130,6 +131,7 @@ _OPTIONS = (
         default=".",
         show_default=True,
         envvar="NIXVM_FLAKE",
+        shell_complete=complete_directories,
         help="The flake: ., a path, github:…",
     ),
     _pairs("--override-input", ("NAME", "REF"), "Use REF for the flake's input NAME, as nix does."),

@@ -67,6 +67,15 @@ def complete_machines(
     return [CompletionItem(n) for n in names if n.startswith(incomplete) and n not in used]
 
 
+def complete_directories(
+    context: click.Context,  # noqa: ARG001 - click's signature
+    parameter: click.Parameter,  # noqa: ARG001
+    incomplete: str,
+) -> list[CompletionItem]:
+    """Have the shell complete a directory: for click's `shell_complete=`."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 def remembered_names(reference: str, cache: Path) -> Sequence[str]:
     """Return the machines that a flake had when it was last looked at, none if it never was."""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from pytest_nixvm import layout
+from pytest_nixvm.cli.completion import complete_directories
 from pytest_nixvm.cli.texts import emit_json
 from pytest_nixvm.errors import SettingsError, UserError
 from pytest_nixvm.layout import Added, Person
@@ -20,7 +21,9 @@ _LOCAL_TIME = Path("/etc/localtime")
 
 
 @click.command(short_help="Write a flake to begin with, or a new VM into one.")
-@click.argument("words", nargs=-1, metavar="[DIR | vm NAME...]")
+@click.argument(
+    "words", nargs=-1, metavar="[DIR | vm NAME...]", shell_complete=complete_directories
+)
 @click.option("--user", metavar="NAME", help="Whose machines these are (default: you).")
 @click.option(
     "--key",
@@ -43,6 +46,7 @@ _LOCAL_TIME = Path("/etc/localtime")
     "--flake",
     metavar="DIR",
     envvar="NIXVM_FLAKE",
+    shell_complete=complete_directories,
     default=".",
     show_default=True,
     help="With vm: the flake's directory.",

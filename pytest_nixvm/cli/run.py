@@ -11,7 +11,7 @@ import click
 
 from pytest_nixvm import wishes
 from pytest_nixvm.cli.common import Context, with_flake
-from pytest_nixvm.cli.completion import complete_machines
+from pytest_nixvm.cli.completion import complete_directories, complete_machines
 from pytest_nixvm.disks import KeptDisk, backing_file
 from pytest_nixvm.errors import FlakeError
 from pytest_nixvm.flake.build import Override, VmBuild
@@ -45,6 +45,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     "directories",
     metavar="DIR[:GUESTPATH][:ro]",
     multiple=True,
+    shell_complete=complete_directories,
     help="Share a directory with the guest (default: at /mnt/NAME).",
 )
 @click.option("--memory", type=click.IntRange(min=1), metavar="MIB", help="Its memory.")

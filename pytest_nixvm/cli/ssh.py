@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pytest_nixvm import running
+from pytest_nixvm.cli.completion import complete_directories
 from pytest_nixvm.control import ask
 from pytest_nixvm.errors import MissingProgramError, NixvmError
 from pytest_nixvm.flake.reference import locate
@@ -38,6 +39,7 @@ flake_option = click.option(
     "--flake",
     metavar="REF",
     envvar="NIXVM_FLAKE",
+    shell_complete=complete_directories,
     help="Its flake, where VMs of several flakes have that name (default: the one here).",
 )
 

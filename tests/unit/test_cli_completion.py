@@ -36,7 +36,7 @@ def test_the_shell_of_the_log_in_is_the_default(capsys, monkeypatch):
     assert "csh" in capsys.readouterr().err
 
 
-def complete(words: str, cwd, **environment: str) -> list[str]:
+def complete(words: str, cwd, *, raw: bool = False, **environment: str) -> list[str]:
     """Press the tab key behind `words`, in a process whose PATH has no nix."""
     done = subprocess.run(
         [sys.executable, "-c", "from pytest_nixvm.cli import main; main()"],
@@ -54,12 +54,20 @@ def complete(words: str, cwd, **environment: str) -> list[str]:
         },
     )
     assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.split()]
+    return [line if raw else line.partition(",")[2] for line in done.stdout.split()]
 
 
 def test_commands_are_completed(tmp_path):
     assert complete("nixvm bui", tmp_path) == ["build"]
     assert {"bash", "fish", "zsh"} == set(complete("nixvm completion ", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words", ["list --flake su", "ssh --flake su", "run x --share su", "init su"]
+)
+def test_directories_are_completed_by_the_shell(tmp_path, words):
+    done = complete(f"nixvm {words}", tmp_path, raw=True)
+    assert done == ["dir,su"]
 
 
 @needs_nix
