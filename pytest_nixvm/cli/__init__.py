@@ -7,6 +7,7 @@ quick. The tests themselves are run by pytest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -122,6 +123,8 @@ def _trouble(error: OSError) -> str:
         Path.cwd()
     except OSError as gone:
         return f"The directory that this is in can't be used: {gone.strerror}. Change to another."
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "A disk is full: that of the output, or of the cache (--cache DIR names another)."
     where = "" if error.filename is None else os.fsdecode(error.filename)
     where = f"{where[:200]}…" if len(where) > 200 else where
     return f"{where}{': ' if where else ''}{error.strerror or error}."

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from _documented import documented
 from _flake import OPTIONS, machine, needs_nix, write_flake
 
 from pytest_nixvm import doctor, doctor_nix
@@ -40,6 +41,7 @@ def test_every_trouble_says_what_it_means_and_how_it_is_mended(run):
     _, found = run()
     assert {"system", "QEMU", "KVM", "git", "memory", "cache", "nix", "flake"} <= found.keys()
     for name, finding in found.items():
+        assert finding.keys() == documented("`nixvm doctor`")
         assert finding["seen"], name
         if finding["state"] != "ok":
             assert finding["meaning"], name

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from _documented import documented
 
 from pytest_nixvm.cli import init, main
 
@@ -102,6 +103,7 @@ def test_keys_that_are_named_are_the_only_ones(run, home, tmp_path):
 
     assert status == 0
     told = json.loads(out)
+    assert told.keys() == documented("`nixvm init`")
     assert told["keys"] == [str(other)]
     assert told["git"] is None
     assert told["vms"] == ["dev-vm", "test-vm"]
@@ -184,7 +186,9 @@ def test_a_flake_elsewhere_and_several_at_once(run):
     run("config")
     status, out, _ = run("vm", "a-vm", "b-vm", "--home", "--flake", "config", "--json")
     assert status == 0
-    assert [(each["name"], each["listed"], len(each["files"])) for each in json.loads(out)] == [
+    told = json.loads(out)
+    assert told[0].keys() == documented("`nixvm init vm`")
+    assert [(each["name"], each["listed"], len(each["files"])) for each in told] == [
         ("a-vm", True, 2),
         ("b-vm", True, 2),
     ]

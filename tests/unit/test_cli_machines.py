@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from _documented import documented
 from _flake import OPTIONS, git, machine, needs_nix, write_flake
 
 from pytest_nixvm import tested
 from pytest_nixvm.cli import main
+from pytest_nixvm.deploy.steps import Result
 
 pytestmark = needs_nix
 
@@ -55,6 +57,18 @@ def test_list_tells_machines_apart(run):
     kinds = {row.split()[0]: row.split()[1] for row in rows}
     assert kinds == {"web": "physical", "dev-vm": "vm", "bad": "?", "red": "physical"}
     assert all("not tested" in row for row in rows)
+
+
+def test_what_is_written_for_scripts_is_documented(run):
+    [first, *_] = json.loads(run("list", "--json")[1])
+    assert first.keys() == documented("`nixvm list`")
+    assert first["tests"].keys() == documented("… its `tests`")
+    [built] = json.loads(run("build", "web", "--json")[1])
+    assert built.keys() == documented("`nixvm build`")
+    deployed = Result("web", "host", "committed", "/old", "/new", "7")
+    assert deployed.to_json().keys() == documented("`nixvm deploy`")
+    status, out, err = run("build", "dev-mv", "--json")
+    assert (status, out, err.count("nixvm: /")) == (2, "", 1)
 
 
 def test_list_asks_nix_once_until_something_changes(run, flake):
