@@ -122,7 +122,11 @@ class Run(Selection):
         from pytest_nixvm.tested import Recorder
 
         flake = self.fleet.flake
-        return Recorder(str(flake.reference), partial(flake.real_toplevel, quiet=True))
+        return Recorder(
+            str(flake.reference),
+            partial(flake.real_toplevel, quiet=True),
+            is_current=flake.is_current,
+        )
 
     def expect(self, names: Iterable[str]) -> None:
         """Have the machines' real systems evaluated meanwhile: it is them that tests vouch for."""
@@ -316,13 +320,33 @@ class Run(Selection):
 
     def told(self) -> dict[str, Any]:
         """Return what a worker tells the controller at its end."""
-        return {"account": self.account.told(), "timeline": self.timeline.told()}
+        return {
+            "account": self.account.told(),
+            "timeline": self.timeline.told(),
+            "changed": self._changed(),
+        }
+
+    def _changed(self) -> list[str]:
+        """Return the machines that were changed while they were tested here."""
+        flake = self.__dict__["fleet"].__dict__.get("flake") if "fleet" in self.__dict__ else None
+        if flake is None:
+            return []
+        changed = []
+        for name in flake.used:
+            try:
+                if not flake.is_current(name):
+                    changed.append(name)
+            except NixvmError:  # it was another one, which could be evaluated
+                changed.append(name)
+        return changed
 
     def hear(self, told: dict[str, Any] | None) -> None:
         """Take a worker's tale into this run's."""
         if told is not None:
             self.account.hear(told["account"])
             self.timeline.hear(told["timeline"])
+            if told["changed"]:
+                self.recorder.changed(told["changed"])
 
 
 RUN = pytest.StashKey[Run]()

@@ -203,7 +203,8 @@ class Recorder:
 
     `real_toplevel` is asked twice for each machine, before its tests and after them: only where
     both answers are the same is it known which system was tested. The second is remembered by the
-    evaluator unless the flake was changed meanwhile.
+    evaluator unless the flake was changed meanwhile. As the first may come later than the VM's own
+    build, `is_current` is asked as well, at the end: whether the VM would be the same now.
     """
 
     def __init__(
@@ -211,10 +212,13 @@ class Recorder:
         flake: str,
         real_toplevel: Callable[[str], str],
         *,
+        is_current: Callable[[str], bool] = lambda _: True,
         tested: Tested | None = None,
     ) -> None:
         self._flake = flake
         self._ask = real_toplevel
+        self._is_current = is_current
+        self._changed: set[str] = set()
         self._tested = tested or Tested()
         self._used: dict[str, set[str]] = {}  # node id -> machines
         self._outcomes: dict[str, Outcome] = {}
@@ -252,6 +256,10 @@ class Recorder:
         self._used.setdefault(nodeid, set()).add(_plain(name))
         self.expect([name])
 
+    def changed(self, names: Iterable[str]) -> None:
+        """Note that these machines were changed while another process tested them."""
+        self._changed.update(map(_plain, names))
+
     def outcome(self, nodeid: str, when: str, outcome: str) -> None:
         """Note how a phase of a test ended, in pytest's words.
 
@@ -283,7 +291,11 @@ class Recorder:
         for name, outcomes in by_machine.items():
             try:
                 toplevel = self._early[name].result(max(0.0, end - time.monotonic()))
-                if not interrupted and self._ask(name) != toplevel:
+                if not interrupted and (
+                    name in self._changed
+                    or self._ask(name) != toplevel
+                    or not self._is_current(name)
+                ):
                     notes.append(
                         f"{name} was changed while its tests ran: they are not recorded for nixvm "
                         "deploy."

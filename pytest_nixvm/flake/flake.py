@@ -71,6 +71,7 @@ class Flake(ImageBuilds):
         )
         self._start_script = image_script
         self._machines: tuple[MachineInfo, ...] | None = None
+        self._given: dict[tuple[str, str | None], tuple[MachineInfo, Variant, str]] = {}
 
     def machines(self) -> tuple[MachineInfo, ...]:
         """Return the flake's machines, or just the one its reference names.
@@ -184,6 +185,23 @@ class Flake(ImageBuilds):
         plan, _, _ = self._made(self._info(name), RealSystem())
         return Path(plan["output"])
 
+    @property
+    def used(self) -> list[str]:
+        """The machines of which something was built through this object."""
+        return sorted({images.plain(info.name) for info, _, _ in self._given.values()})
+
+    def is_current(self, name: str) -> bool:
+        """Whether the flake gives the same VMs of a machine as when they were built for us.
+
+        It may have been edited since. Builds nothing. Raises as `build` does.
+        """
+        for (question, part), (info, variant, output) in [*self._given.items()]:
+            if images.plain(info.name) == images.plain(name):
+                plan, _ = self._plan(info, question, variant, quiet=True)
+                if _part(plan, part)["output"] != output:
+                    return False
+        return True
+
     def declared(self, name: str) -> Declared:
         """Return what the configuration says of the machine. Evaluates, builds nothing.
 
@@ -285,24 +303,22 @@ class Flake(ImageBuilds):
         overrides = self._evaluator.overrides
         place = (self._cache, info.name, self.reference.url, info.attribute, overrides)
         root = variant.root(*place, part)
-
-        def wanted(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-            return plan if part is None or plan.get(part) is None else plan[part]
-
         plan = memory.recall(question)
-        if plan is not None and _is_built(wanted(plan), root):
+        if plan is not None and _is_built(_part(plan, part), root):
+            self._given[question, part] = info, variant, _part(plan, part)["output"]
             return plan, 0.0, 0.0
         lock = f"build-{memory.name(f'{part} {question}' if part else question)}"
         with self._cache.lock(lock, self._progress, timeout=self._build_timeout):
             plan, evaluated = self._plan(info, question, variant)
-            if not _can_realise(wanted(plan)):  # remembered, but the store was cleaned since
+            if not _can_realise(_part(plan, part)):  # remembered, but the store was cleaned since
                 memory.forget(question)
                 plan, evaluated = self._plan(info, question, variant)
             built = 0.0
-            if not _is_built(wanted(plan), root):
+            if not _is_built(_part(plan, part), root):
                 words = [*variant.words, part] if part else variant.words
-                built = self._realise(info, wanted(plan), root, words)
+                built = self._realise(info, _part(plan, part), root, words)
                 let_go(root)
+        self._given[question, part] = info, variant, _part(plan, part)["output"]
         return plan, evaluated, built
 
     def _ask(self, info: MachineInfo, what: str, *, quiet: bool = False) -> dict[str, Any]:
@@ -316,13 +332,14 @@ class Flake(ImageBuilds):
         return answer
 
     def _plan(
-        self, info: MachineInfo, question: str, variant: Variant
+        self, info: MachineInfo, question: str, variant: Variant, *, quiet: bool = False
     ) -> tuple[dict[str, Any], float]:
         plan, seconds = self._evaluator.ask(
             question,
             variant.expression(attribute_path(info.attribute)),
             title=f"{info.name}{self._label}",
             attribute=info.attribute,
+            quiet=quiet,
         )
         what = f"{info.attribute} of {self._evaluator.what}"
         variant.check(plan, what)
@@ -396,6 +413,10 @@ def _unchanging(info: MachineInfo) -> NothingToTestError:
 def _toplevels(carries: Sequence[Path]) -> tuple[Path, ...]:
     """Each once, in an order that does not matter, so that the same build is the same."""
     return tuple(sorted(set(carries)))
+
+
+def _part(plan: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    return plan if part is None or plan.get(part) is None else plan[part]
 
 
 def _is_built(plan: Mapping[str, Any], root: Path) -> bool:

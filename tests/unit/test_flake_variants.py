@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,24 @@ def test_the_real_machine_has_none_of_ours_and_is_not_built(shop: Workshop) -> N
     assert real == attribute(config, "system.build.toplevel")
     assert not Path(real).exists()
     assert flake.toplevel("vm").name.endswith("-in-vm")
+
+
+def test_what_was_built_is_not_current_any_more_when_the_flake_was_edited(shop: Workshop) -> None:
+    config = write_machine(shop)
+    flake = shop.flake(config)
+    assert flake.is_current("vm")
+    flake.build("vm", freezable=True)
+    flake.toplevel("vm")
+    assert flake.used == ["vm"]
+    assert flake.is_current("vm")
+    settings = config / "machine.nix"
+    before = settings.read_text()
+    settings.write_text(before + "# a comment\n")
+    time.sleep(1.1)  # a digest may be a second old
+    assert flake.is_current("vm")
+    settings.write_text(before.replace(shop.host, "another"))
+    time.sleep(1.1)
+    assert not flake.is_current("vm")
 
 
 def test_what_is_declared_is_the_vms(shop: Workshop) -> None:

@@ -144,6 +144,14 @@ def test_machine_that_was_changed_meanwhile_is_not_recorded(tested):
     assert tested.records() == []
 
 
+def test_machine_whose_vm_would_be_another_by_now_is_not_recorded(tested):
+    session = Recorder("/home/me/config", lambda _: ONE, is_current=lambda _: False, tested=tested)
+    ran(session, "t", "passed", "passed", "passed")
+    [note] = session.finish()
+    assert note.startswith("dev-vm was changed while its tests ran")
+    assert tested.records() == []
+
+
 def test_interrupted_session_records_failures_only_and_does_not_ask_again(tested):
     asked = []
     session = recorder(tested, lambda name: (asked.append(name), ONE)[1])
