@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 from click.core import ParameterSource
 
 from pytest_nixvm.cli.common import Context, with_flake
-from pytest_nixvm.cli.texts import emit_json
+from pytest_nixvm.cli.texts import emit_json, in_words_of_ours
 from pytest_nixvm.doctor import Finding, computer
 from pytest_nixvm.doctor_nix import nix_findings
 
@@ -33,6 +33,7 @@ def command(context: Context, as_json: bool) -> int:
         given=source is not ParameterSource.DEFAULT,
         machines=lambda: context.catalogue.every_machine,
     )
+    findings = [replace(each, seen=in_words_of_ours(each.seen)) for each in findings]
     if as_json:
         emit_json([_data(finding) for finding in findings])
     else:

@@ -156,6 +156,8 @@ def test_errors_name_the_options_as_the_command_has_them(tmp_path, capsys):
     assert main(["list", "--flake", str(tmp_path / "sub")]) == 2
     assert f"did you mean --flake={tmp_path}?" in capsys.readouterr().err
     untested = "Test it: pytest --nixvm-flake=. --nixvm-machine=web"
+    unwritable = "Can't write to x. --nixvm-cache and --nixvm-output name other places."
+    assert in_words_of_ours(unwritable) == "Can't write to x. --cache names another."
     assert in_words_of_ours(f"Or --nixvm-cache=DIR.\n{untested}") == f"Or --cache=DIR.\n{untested}"
 
 

@@ -69,6 +69,10 @@ def test_a_flake_that_was_named_has_to_be_there(run, tmp_path):
     status, found = run("--flake", str(tmp_path / "nowhere"))
     assert status == 1
     assert "nowhere" in found["flake"]["seen"]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "flake.nix").write_text("{ outputs = _: { }; }")
+    _, found = run("--flake", str(tmp_path / "none"))
+    assert "Name what to test: --flake=REF#ATTRIBUTE" in found["flake"]["seen"]
 
 
 def test_without_nix_and_qemu(tmp_path, capsys, monkeypatch):
