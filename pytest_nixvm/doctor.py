@@ -255,7 +255,11 @@ def limits() -> Finding:
     if not bad:
         shown = "no limit" if files == resource.RLIM_INFINITY else str(files)
         return Finding("limits", "ok", f"open files: {shown}")
-    mend = (("", "raise them: /etc/security/limits.conf, or ulimit in this shell"),)
+    mend = (
+        ("NixOS", "raise them in security.pam.loginLimits"),
+        ("Debian", "raise them in /etc/security/limits.conf"),
+        ("", "or with ulimit, in this shell"),
+    )
     return Finding("limits", "warn", "; ".join(bad), "QEMU may end in the middle of a test.", mend)
 
 

@@ -31,7 +31,7 @@ def command(find: Callable[[], Nix]) -> tuple[Finding, Nix | None]:
         nix = find()
     except NixvmError as error:
         mend = (
-            ("Debian", "sudo apt-get install nix-bin"),
+            ("Debian", "sudo apt-get install nix-bin nix-setup-systemd"),
             ("", "sh <(curl -L https://nixos.org/nix/install) --daemon"),
         )
         return Finding("nix", "fail", str(error), "Nothing can be built.", mend), None
@@ -109,6 +109,7 @@ def _mend_daemon(error: OSError) -> tuple[tuple[str, str], ...]:
         return (("Debian", f"sudo usermod -aG nix-users {user}    (then log in again)"),)
     return (
         ("Debian", f"sudo apt-get install nix-setup-systemd; sudo usermod -aG nix-users {user}"),
+        ("NixOS", "sudo systemctl start nix-daemon.socket"),
         ("", "sudo systemctl enable --now nix-daemon.socket"),
     )
 
@@ -173,7 +174,10 @@ def substituters(settings: dict[str, str], *, offline: bool) -> list[Finding]:
                 "warn",
                 "nix has none to fetch from",
                 "Everything is built here, which takes hours for a real machine.",
-                (("", "substituters = https://cache.nixos.org in nix.conf"),),
+                (
+                    ("NixOS", 'nix.settings.substituters = [ "https://cache.nixos.org" ];'),
+                    ("", "substituters = https://cache.nixos.org in nix.conf"),
+                ),
             )
         ]
     with ThreadPoolExecutor(len(urls)) as pool:

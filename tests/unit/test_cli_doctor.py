@@ -239,4 +239,5 @@ def test_a_daemon_that_may_not_be_asked_and_one_that_is_none():
     assert (where, "usermod -aG nix-users" in what) == ("Debian", True)
     mends = doctor_nix._mend_daemon(FileNotFoundError(2, "No such file or directory"))
     assert "nix-setup-systemd" in mends[0][1]
-    assert "enable --now nix-daemon.socket" in mends[1][1]
+    assert "enable --now nix-daemon.socket" in mends[-1][1]
+    assert all("enable" not in what for where, what in mends if where == "NixOS")  # /etc is fixed
