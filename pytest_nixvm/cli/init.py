@@ -16,7 +16,7 @@ from pytest_nixvm.cli.texts import emit_json
 from pytest_nixvm.errors import SettingsError, UserError
 from pytest_nixvm.layout import Added, Person
 
-_FALLBACK = "admin"  # who owns the machines where root asks
+_FALLBACK = "admin"  # who owns the machines where root asks, or Carol.Doe
 _LOCAL_TIME = Path("/etc/localtime")
 
 
@@ -136,8 +136,8 @@ def _begin(
         return
     where = directory if str(directory) != "." else Path.cwd()
     click.echo(f"{len(written)} files in {where}: {_and(names)}, and the user {person.username}.")
-    if user is None and person.username == _FALLBACK:
-        click.echo("You are root here, who owns no account: --user NAME gives it another name.")
+    if user is None and _own_name() is None:
+        click.echo("Your log-in name is none for an account there: --user NAME gives it another.")
     if known:
         click.echo(f"SSH keys that open the machines: {', '.join(map(str, known))}.")
     else:
@@ -156,7 +156,7 @@ def _begin(
 
 def _person(user: str | None, files: Sequence[Path]) -> tuple[Person, list[Path]]:
     """Return whose machines these are, and the files of the keys."""
-    name = user or _own_name()
+    name = user or _own_name() or _FALLBACK
     layout.check_user(name)
     own = not files
     found = [*files]
@@ -207,16 +207,17 @@ def _keys(path: Path) -> list[str]:
     return found
 
 
-def _own_name() -> str:
+def _own_name() -> str | None:
+    """Return who is logged in here, None where that is root or can't be a user name on NixOS."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):
-        return _FALLBACK
+        return None
     name = os.environ.get("SUDO_USER", name) if name == "root" else name
     try:
         layout.check_user(name)
     except SettingsError:
-        return _FALLBACK
+        return None
     return name
 
 

@@ -140,7 +140,12 @@ def test_what_is_no_file_in_one_s_ssh_is_no_key(run, home, monkeypatch):
 
 @pytest.mark.parametrize(
     ("login", "sudo", "user"),
-    [("root", None, "admin"), ("root", "dave", "dave"), ("Carol Doe", None, "admin")],
+    [
+        ("root", None, "admin"),
+        ("root", "dave", "dave"),
+        ("Carol.Doe", None, "admin"),
+        ("admin", None, "admin"),
+    ],
 )
 def test_who_has_no_name_for_an_account(run, monkeypatch, login, sudo, user):
     monkeypatch.setenv("LOGNAME", login)
@@ -149,7 +154,8 @@ def test_who_has_no_name_for_an_account(run, monkeypatch, login, sudo, user):
     status, out, _ = run()
     assert status == 0
     assert f'username = "{user}";' in users()
-    assert ("--user NAME" in out) == (user == "admin")
+    assert ("--user NAME" in out) == (user not in (login, sudo))
+    assert "You are root" not in out
 
 
 def test_the_time_zone_is_this_computer_s(tmp_path, monkeypatch):
