@@ -197,7 +197,7 @@ def pytest_runtest_makereport(
         run.failed(item, report)
     elif report.when == "call" and report.passed:
         run.passed(item)
-    setattr(report, MACHINES, run.machines_of(item))
+    setattr(report, MACHINES, run.machines_of(item, failed=report.failed))
     return report
 
 

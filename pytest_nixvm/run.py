@@ -135,7 +135,10 @@ class Run(Selection):
 
     def record(self, report: pytest.TestReport) -> None:
         """Take a report into the record of what was tested."""
-        for name in getattr(report, MACHINES, ()):
+        names = getattr(report, MACHINES, None)
+        if names is None:  # not ours: xdist's, of a test that its worker did not survive
+            names = self.named_in(report.nodeid) if report.failed else []
+        for name in names:
             self.recorder.machine_used(report.nodeid, name)
         if "recorder" in self.__dict__:
             self.recorder.outcome(report.nodeid, report.when, report.outcome)
@@ -242,13 +245,15 @@ class Run(Selection):
         """Return what is known of a test that is under way."""
         return self.cases.setdefault(item.nodeid, Case(item.nodeid))
 
-    def machines_of(self, item: pytest.Item) -> list[str]:
-        """Return the names of the machines that a test vouches for: those it has used so far."""
+    def machines_of(self, item: pytest.Item, *, failed: bool) -> list[str]:
+        """Return the names of the machines that a test vouches for: those it has used so far.
+
+        One that has `failed` may have done so before it had those it is meant for.
+        """
+        names = set(item_machines(item)) if failed else set()
         case = self.cases.get(item.nodeid)
-        if case is None:
-            return []
-        used = [mark.machine for mark in case.marks]
-        return sorted({each.name for each in used if self.fleet.is_under_test(each)})
+        used = [] if case is None else [mark.machine for mark in case.marks]
+        return sorted(names | {each.name for each in used if self.fleet.is_under_test(each)})
 
     def used(self, item: pytest.Item, machine: Machine, *, fresh: bool) -> None:
         """Take note that a test uses a machine from now on."""

@@ -194,19 +194,23 @@ class Selection(ABC):
         text = "\n".join(each for each in ids if not each.startswith("nixvm::"))
         if text.startswith(Mistake.PREFIX):
             raise pytest.UsageError(text.removeprefix(Mistake.PREFIX))
+        self._prepare((name, None) for name in self.named_in(text))
+
+    def named_in(self, ids: str) -> list[str]:
+        """Return the machines that node ids, a line each, show to be tested."""
         if self.settings.flake is None:
-            return
+            return []
         testable = [machine.name for machine in self.fleet.machines if machine.skip is None]
-        if "@" in text:
+        if "@" in ids:
             from pytest_nixvm.flake.images import NAMES
 
             plain = [each.name for each in self.fleet.every_machine if each.skip is None]
             testable += [f"{name}@{form}" for name in plain for form in NAMES]
-        self._prepare(
-            (name, None)
+        return [
+            name
             for name in dict.fromkeys(testable)
-            if re.search(rf"([\[+-]|::){re.escape(name)}(?!-efi)([\]+-]|::)", text)
-        )
+            if re.search(rf"([\[+-]|::){re.escape(name)}(?!-efi)([\]+-]|::)", ids)
+        ]
 
     def _prepare(self, needed: Iterable[tuple[str, MachineRequest | None]]) -> None:
         needed = list(needed)

@@ -67,3 +67,31 @@ def test_system_of_the_vm_is_recorded(project: Project, words: tuple[str]) -> No
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     [found] = record(project, "version 1", *words)
     assert (found.machine, found.verdict.passed) == ("web", 1)
+
+
+FAILS = """
+import os
+import pytest
+
+@pytest.fixture
+def broken():
+    {how}
+
+def test_it(broken, vm): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("assert False", ()), ("os._exit(3)", ("-n", "1"))], ids=["fails", "crashes"]
+)
+def test_failure_before_the_vm_is_there_counts(
+    project: Project, how: str, words: tuple[str, ...]
+) -> None:
+    if words:
+        pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (project.directory / "conftest.py").unlink()
+    project.write(FAILS.format(how=how))
+    done = project.run(*words, apart=True)
+    assert done.ret == 1, said(done)
+    [found] = Records(project.directory / "state/pytest-nixvm/tested").records()
+    assert found.verdict.failed == ("test_it.py::test_it[web]",)
