@@ -130,8 +130,8 @@ class Host:
     @property
     def ssh_options(self) -> list[str]:
         """What nix is given as well, in NIX_SSHOPTS."""
-        words = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_TIMEOUT}"]
-        for option in self._options:
+        words = []  # of each option ssh takes the first
+        for option in ("BatchMode=yes", *self._options, f"ConnectTimeout={_CONNECT_TIMEOUT}"):
             words += ["-o", option]
         if self.target.port is not None:
             words += ["-p", str(self.target.port)]
@@ -150,8 +150,8 @@ class Host:
             "-T",
             # A new connection: that one can be made is what is to be shown.
             *("-o", "ControlMaster=no", "-o", "ControlPath=none"),
-            *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
             *self.ssh_options,
+            *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
             self.target.login,
             command,
         ]
@@ -171,6 +171,8 @@ class Host:
             raise SshError(f"{self.target} did not answer within {timeout:g} s.") from None
         if ended.returncode == _SSH_FAILED:
             said = ended.stderr.strip() or "ssh does not say why"
+            if "Host key verification failed" in said:
+                said += f"\nLog in once by hand, so that it is known: ssh {self.target}"
             raise SshError(f"No connection to {self.target}: {said}")
         return ended
 

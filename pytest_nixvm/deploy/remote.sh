@@ -104,7 +104,8 @@ start() { # MODE NEW SECONDS-TO-ACTIVATE SECONDS-TO-CONFIRM REASON ID
 
 apply() { # TOPLEVEL ACTION SECONDS: its exit status, 124 if it did not end in time
   local pid end status
-  "$1/bin/switch-to-configuration" "$2" >> "$place/output" 2>&1 < /dev/null &
+  # A group of its own: what it has begun must not go on beside the switch back.
+  setsid "$1/bin/switch-to-configuration" "$2" >> "$place/output" 2>&1 < /dev/null &
   pid=$!
   end=$(($(uptime) + $3))
   while kill -0 "$pid" 2> /dev/null; do
@@ -112,9 +113,9 @@ apply() { # TOPLEVEL ACTION SECONDS: its exit status, 124 if it did not end in t
       end=$(($(uptime) + 30)) # it is better to let a switch come to its end
     fi
     if (($(uptime) >= end)); then
-      kill "$pid" 2> /dev/null
+      kill -- "-$pid" 2> /dev/null
       sleep 5
-      kill -9 "$pid" 2> /dev/null
+      kill -9 -- "-$pid" 2> /dev/null
       wait "$pid" 2> /dev/null
       return 124
     fi

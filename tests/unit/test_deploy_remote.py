@@ -265,6 +265,17 @@ def test_activation_that_hangs_is_ended(host):
     assert "did not end in time" in host.facts()["reason"]
 
 
+def test_nothing_of_an_activation_that_was_ended_goes_on(host):
+    inner = 'touch "$R/began"; sleep 9; ln -sfn "$0" "$R/run/current-system"; touch "$R/late"'
+    host.behave("new.test", f"bash -c '{inner}' \"$me\"; true")
+    host.start(activate=1)
+    assert host.ended() == "rolled-back"
+    assert (host.root / "began").exists()
+    time.sleep(4)
+    assert not (host.root / "late").exists()
+    assert host.runs() == OLD
+
+
 @pytest.mark.parametrize("when", ["activating", "waiting", "committing"])
 def test_actor_that_is_killed_leaves_the_old_system(host, when):
     if when == "activating":

@@ -80,6 +80,24 @@ def test_every_look_is_a_connection_of_its_own(host, fake):
     assert all("ControlPath=none" in call and "BatchMode=yes" in call for call in calls)
 
 
+def test_option_of_the_users_goes_before_ours(fake):
+    target = Target.parse("ssh://root@host")
+    host = Host(target, ["ConnectTimeout=60", "ServerAliveInterval=30"], script=f"{fake.root}/s")
+    host.upload()
+    words = (fake.root / "ssh").read_text().split()
+    for first, then in (
+        ("ConnectTimeout=60", "ConnectTimeout=10"),
+        ("ServerAliveInterval=30", "ServerAliveInterval=5"),
+    ):
+        assert words.index(first) < words.index(then)
+
+
+def test_host_whose_key_is_not_known_is_told_how_it_gets_known(host, fake):
+    fake.program(fake.root / "bin/ssh", "echo 'Host key verification failed.' >&2; exit 255")
+    with pytest.raises(SshError, match=r"Log in once by hand.*: ssh ssh://root@host:2222"):
+        host.facts()
+
+
 def test_host_that_does_not_come_back_goes_back(host, fake, monkeypatch):
     monkeypatch.setattr("pytest_nixvm.deploy.steps.MARGIN", 2.0)
     fake.behave("new.test", 'touch "$R/unreachable"')
