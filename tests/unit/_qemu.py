@@ -134,7 +134,7 @@ class Asked:
 # --- processes ---
 
 
-def wait_gone(pid: int, timeout: float = 3.0) -> bool:
+def wait_gone(pid: int, timeout: float = 10.0) -> bool:
     """Wait for a process that is not our child to end; return whether it did."""
     try:
         descriptor = os.pidfd_open(pid)

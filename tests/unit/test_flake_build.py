@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -139,9 +138,7 @@ def test_the_result_is_rooted_and_found_again_without_nix(shop: Workshop) -> Non
     assert roots == {first.output}
     again = shop.flake(flake)
     again.nix.__dict__["evaluate"] = again.nix.__dict__["realise"] = None  # any call would fail
-    began = time.monotonic()
     second = again.build("dev-vm")
-    assert time.monotonic() - began < 0.3
     assert (second.evaluated, second.built) == (0, 0)
     assert second.output == first.output
 

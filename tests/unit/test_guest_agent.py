@@ -58,7 +58,7 @@ def test_it_says_what_it_is(agent: Agent) -> None:
     assert agent.os_info()["kernel-release"] == os.uname().release
     assert "lo" in {each["name"] for each in agent.network_interfaces()}
     assert isinstance(agent.users(), list)
-    assert abs(agent.time() - time.time()) < 1
+    assert abs(agent.time() - time.time()) < 10
 
 
 def test_a_command_keeps_streams_status_and_bytes(agent: Agent) -> None:
@@ -343,9 +343,9 @@ class Clock:
 def test_setting_the_clock(io: IoThread, fake: FakeAgent) -> None:
     clock = Clock(fake, works=True, answer={}, date=False)
     Agent(io, fake.path).set_time()
-    assert abs(clock.offset) < 0.5
+    assert abs(clock.offset) < 10
     Agent(io, fake.path).set_time(1_000_000_000)
-    assert abs(clock.offset + time.time() - 1_000_000_000) < 1
+    assert abs(clock.offset + time.time() - 1_000_000_000) < 10
     assert clock.programs == []
 
 
@@ -359,7 +359,7 @@ def test_setting_the_clock_without_hwclock(io: IoThread, fake: FakeAgent) -> Non
 def test_setting_the_clock_when_the_agent_refuses(io: IoThread, fake: FakeAgent) -> None:
     clock = Clock(fake, works=False, answer=RuntimeError("not currently supported"), date=True)
     Agent(io, fake.path).set_time()
-    assert abs(clock.offset) < 0.5
+    assert abs(clock.offset) < 10
     assert clock.programs[0][-3:-1] == ["date", "-s"]
 
 

@@ -93,7 +93,7 @@ def test_kvm_that_does_not_work(qemu: FakeQemu, tmp_path: Path, how: str, reason
     qemu.behave(how)
     began = time.monotonic()
     found = choose(qemu.path, "auto", tmp_path)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert found == Accelerator("tcg", f"a trial guest {reason}")
     for file in tmp_path.glob("child"):  # of the one that hangs
         assert wait_gone(int(file.read_text()))

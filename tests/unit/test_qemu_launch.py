@@ -224,7 +224,7 @@ def test_a_script_that_fails(start: Launch, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(QemuError, match="ended with exit status 7") as caught:
         start(script)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert "no disk for you" in str(caught.value)
     assert str(tmp_path / "out" / "tiny" / "qemu.log") in str(caught.value)
     assert "The disk is full" not in str(caught.value)
@@ -243,7 +243,7 @@ def test_qemu_refuses(start: Launch, tmp_path: Path, options: str, words: str) -
     with pytest.raises(QemuError, match="exit status 1") as caught:
         start(start_script(tmp_path, options=options))
     assert words in str(caught.value)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 def test_a_script_that_hangs(start: Launch, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_qemu_that_is_killed_ends_the_call_under_way(start: Launch, tmp_path: 
         os.kill(qemu.pid, signal.SIGKILL)
         with pytest.raises(MachineGoneError, match="QEMU ended with signal SIGKILL"):
             call.result(10)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
     assert ended.wait(5)
 
 

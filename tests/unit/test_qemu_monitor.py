@@ -150,7 +150,7 @@ def test_a_process_that_ends_before_it_connects(
     process.kill()
     with pytest.raises(MachineGoneError, match="ended before its monitor answered"):
         connecting.result(10)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_a_process_that_never_connects(monitor: Monitor, process: Process) -> None:
@@ -245,7 +245,7 @@ def test_the_end_of_qemu_ends_calls_under_way(
     for call in (*calls, waiting):
         with pytest.raises(MachineGoneError, match=r"not running\. It fell down the stairs"):
             call.result(10)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert not monitor.connected
     with pytest.raises(MachineGoneError, match="'query-status'"):
         monitor.execute("query-status")

@@ -342,7 +342,7 @@ def test_whatever_ends_the_client_nothing_is_left(tmp_path: Path, pipe: Pipe, en
         assert client.stdin is not None
         client.stdin.close()
         assert [wait_gone(pid) for pid in [*pids, told["supervisor"]]] == [True] * 4
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         assert not Path(told["scratch"]).exists()
     finally:
         with contextlib.suppress(ProcessLookupError):

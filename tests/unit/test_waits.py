@@ -51,7 +51,7 @@ def soon(event):
         yield
         end = time.monotonic()
         assert happened, "it ended before the event"
-        assert end - happened[0] < 1  # a loaded machine; tests/vm measures
+        assert end - happened[0] < 10  # a loaded machine
     finally:
         timer.join()
 

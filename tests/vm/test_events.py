@@ -31,7 +31,7 @@ def since_event(vm):
     return now - float(vm.wait_until_succeeds("grep . /tmp/event"))
 
 
-SOON = 1.0
+SOON = 10.0
 """Seconds: a tenth in a guest that has a processor to itself, which tests don't have."""
 
 
@@ -44,11 +44,11 @@ def test_a_file(vm):
 
 
 def test_a_port_opens_and_closes(vm):
-    in_a_second(vm, "systemctl restart sshd")
     vm.succeed("systemctl stop sshd")
     vm.wait_for_closed_port(22)
     with pytest.raises(WaitTimeoutError, match=r"(?s)port 22 of localhost to open.*refused.*ss -l"):
         vm.wait_for_open_port(22, timeout=0.2)
+    in_a_second(vm, "systemctl start sshd")
 
     vm.wait_for_open_port(22)
     vm.wait_for_open_port(22, "127.0.0.1")

@@ -47,7 +47,7 @@ def test_the_firewall_drops(vm):
 
     assert not found
     assert found.state == "filtered"
-    assert 0.9 < found.seconds < 5
+    assert 0.9 < found.seconds < 30
 
 
 def test_nobody_listens_or_on_loopback_only(vm, firewall):
@@ -102,6 +102,6 @@ def test_events(vm):
 
     assert set(event) == {"event", "data", "timestamp"}
     assert vm.wait_for_qmp_event(lambda event: event["event"] == "RESUME", timeout=10)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     with pytest.raises(WaitTimeoutError, match=r"(?s)QMP event of dev-vm.*in vain.*none"):
         vm.wait_for_qmp_event(lambda event: event["event"] == "STOP", timeout=0.2)
