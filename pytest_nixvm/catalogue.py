@@ -223,7 +223,9 @@ class Catalogue:
                 boot_loader=settings.boot_loader,
             )
         )
-        return fidelity(build, None if build.toplevel is None else self.declared(name))
+        # A bare derivation has no configuration; an image has, also where its system is not here.
+        bare = build.toplevel is None and build.image is None
+        return fidelity(build, None if bare else self.declared(name))
 
     # --- builds ----------------------------------------------------------------------------------
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from _flake import OPTIONS, Seen, Workshop, evaluations, git, needs_nix
 
+from pytest_nixvm.catalogue import Catalogue
 from pytest_nixvm.cli import main
 from pytest_nixvm.cli.run import hold_image
 from pytest_nixvm.disks import KeptDisk
 from pytest_nixvm.errors import FlakeError, NothingToTestError, UserError
+from pytest_nixvm.flake import image_builds
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.images import ImageMachine
+from pytest_nixvm.settings import Settings
 
 pytestmark = needs_nix
 
@@ -306,6 +309,20 @@ def test_a_bare_derivation_has_no_images(shop: Workshop) -> None:
     flake = shop.flake(f"{write_machine(shop)}#thing@qcow2")
     with pytest.raises(FlakeError, match="is no NixOS configuration"):
         flake.build("thing@qcow2")
+
+
+def test_what_an_image_does_not_test_is_said_without_its_system_too(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when it came from a binary cache, or nix has collected what nothing needs any more.
+    monkeypatch.setattr(image_builds, "_existing", lambda path: None)
+    settings = Settings.make(
+        flake=str(write_machine(shop)), cache=str(shop.cache), nix_option=OPTIONS
+    )
+    catalogue = Catalogue(settings, output=shop.tmp / "output")
+    assert catalogue.build("vm@qcow2", freezable=True).toplevel is None
+    said = [str(each) for each in catalogue.fidelity("vm@qcow2")]
+    assert any("the image's boot loader" in each for each in said)
 
 
 def test_the_image_below_a_kept_disk_stays(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
