@@ -105,7 +105,7 @@ def test_unit_that_fails_sends_it_back(server):
     server.passes("failing")
     status, _, err = server.deploy("failing", "--timeout", "60")
     assert status == 1, err
-    assert "units failed: broken.service" in err
+    assert "units failed: broken.service flapping.service" in err
     server.is_unharmed()
 
 

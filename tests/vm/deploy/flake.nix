@@ -48,10 +48,21 @@
         server = { };
         good.environment.etc.deployed.text = "yes\n";
         deaf.services.openssh.enable = false;
-        failing.systemd.services.broken = {
-          wantedBy = [ "multi-user.target" ];
-          serviceConfig.Type = "oneshot";
-          script = "exit 3";
+        failing.systemd.services = {
+          broken = {
+            wantedBy = [ "multi-user.target" ];
+            serviceConfig.Type = "oneshot";
+            script = "exit 3";
+          };
+          # Never "failed": it waits for its next start.
+          flapping = {
+            wantedBy = [ "multi-user.target" ];
+            serviceConfig = {
+              Restart = "always";
+              RestartSec = 300;
+            };
+            script = "exit 3";
+          };
         };
       };
     };
