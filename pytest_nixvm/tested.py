@@ -115,7 +115,7 @@ class Tested:
     def record(self, toplevel: str) -> Record | None:
         """Return what is kept of a system, if anything."""
         try:
-            record = Record.from_json(json.loads(self._path(toplevel).read_text(encoding="utf-8")))
+            record = Record.from_json(json.loads(self.file(toplevel).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return record if record.toplevel == toplevel else None
@@ -171,9 +171,10 @@ class Tested:
 
     def _write(self, record: Record) -> None:
         text = json.dumps(record.to_json(), indent=1, ensure_ascii=True)
-        write_private(self._path(record.toplevel), text + "\n")
+        write_private(self.file(record.toplevel), text + "\n")
 
-    def _path(self, toplevel: str) -> Path:
+    def file(self, toplevel: str) -> Path:
+        """Return where a system's record is. Raises `ValueError` for what is no store path."""
         name = Path(toplevel).name
         if not _STORE_NAME.fullmatch(name):
             raise ValueError(f"{toplevel!r} is no store path")

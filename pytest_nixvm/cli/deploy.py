@@ -150,7 +150,10 @@ def _check_tests(context: Context, name: str, toplevel: str, *, forced: bool) ->
         return
     flake = context.settings.flake
     if verdict.kind == "failed":
-        what = f"{name} has not passed its tests ({verdict}): {listed(verdict.failed, 5)}."
+        what = (
+            f"{name} has not passed its tests ({verdict}): {listed(verdict.failed, 5)}.\n"
+            f"If a test has another name now: the record is {Tested().file(toplevel)}"
+        )
     else:
         what = f"{name} as it is now was not tested ({toplevel})."
     raise NotTestedError(

@@ -23,6 +23,7 @@ MARGIN = 15.0
 _ENDED = ("committed", "rolled-back", "rollback-failed", "overtaken")
 _BACK = 660.0  # seconds that going back may take: as remote.sh has it, and a little
 _UNIT_GRACE = 10.0  # seconds for a unit that has failed to be started again by systemd
+_CALM = 5.0  # seconds that it has to be well: much of what fails does so just after its start
 _GONE_GRACE = 20.0  # seconds for the unit on the host to be there, or to say how it ended
 _CHECK_TIMEOUT = 60.0
 _NOBODY = "nobody is at work there any more"
@@ -195,15 +196,20 @@ class Deploy:
     def _well(self) -> None:
         deadline = Deadline(self._plan.timeout)
         grace = Deadline(min(_UNIT_GRACE, self._plan.timeout))
+        calm: Deadline | None = None
         while True:
-            why = self._what_is_wrong()
-            if not why:
+            why = self._what_is_wrong(() if calm else self._plan.checks)
+            if why:
+                calm = None
+                if deadline.expired or (why.startswith("units failed") and grace.expired):
+                    raise _Unwell(why)
+            elif calm is None:
+                calm = Deadline(min(_CALM, self._plan.timeout / 2))
+            if calm is not None and (calm.expired or deadline.expired):
                 return
-            if deadline.expired or (why.startswith("units failed") and grace.expired):
-                raise _Unwell(why)
             time.sleep(self._pause)
 
-    def _what_is_wrong(self) -> str:
+    def _what_is_wrong(self, checks: Sequence[str]) -> str:
         try:
             facts = self._look()
             if facts["current"] != self._plan.toplevel:
@@ -212,7 +218,7 @@ class Deploy:
                 return "systemd does not answer"
             if facts.failed:
                 return f"units failed: {', '.join(facts.failed)}"
-            for command in self._plan.checks:
+            for command in checks:
                 ended = self._host.ssh(command, timeout=_CHECK_TIMEOUT)
                 if ended.returncode != 0:
                     said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()

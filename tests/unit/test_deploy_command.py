@@ -66,6 +66,8 @@ def test_system_whose_tests_failed_is_refused_and_they_are_named(nixvm, workshop
     status, said = nixvm("server")
     assert status == 2
     assert "t.py::test" in said
+    [file] = (workshop.tmp / "state/pytest-nixvm/tested").glob("*.json")
+    assert str(file) in said
 
 
 def test_changed_configuration_is_another_system(nixvm, workshop):

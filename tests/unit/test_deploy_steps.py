@@ -130,6 +130,13 @@ def test_unit_that_fails_later_sends_it_back(host, fake):
     assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
 
 
+def test_unit_that_fails_just_after_its_start_sends_it_back(host, fake):
+    fake.behave("new.test", '(sleep 1; echo b.service > "$R/failed") &')
+    result = deploy(host, fake, timeout=6.0, checks=(f"echo x >> {fake.root}/checked",))
+    assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
+    assert (fake.root / "checked").read_text() == "x\n"  # once is enough where it succeeds
+
+
 def test_activation_that_fails_is_told_with_what_it_said(host, fake):
     fake.behave("new.test", "echo it is broken >&2; exit 2")
     result = deploy(host, fake)
