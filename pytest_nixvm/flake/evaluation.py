@@ -19,6 +19,7 @@ from pytest_nixvm.flake.nix import Answer, Nix, NixFailure
 from pytest_nixvm.flake.places import Cache, Writer, log_file
 from pytest_nixvm.flake.reference import FlakeReference, locate
 from pytest_nixvm.flake.remember import MODULES, Memory
+from pytest_nixvm.flake.subject import Subject, Tree
 from pytest_nixvm.flake.words import listed, near, nix_string
 from pytest_nixvm.progress import Progress, Silent
 
@@ -71,16 +72,16 @@ class Evaluator:
         local = self.reference.local
         return str(local) if local is not None else self.reference.url
 
-    def subject(self, attribute: str | None) -> explain.Subject:
+    def subject(self, attribute: str | None) -> Subject:
         """Return what an error message needs to know."""
         trees = []
         for url, local in self._places:
             if local is not None:
                 depth = len(Path(_parameters(url).get("dir", "")).parts)
                 root = local.parents[depth - 1] if depth else local
-                trees.append(explain.Tree(root, local, url.startswith("git+file:")))
+                trees.append(Tree(root, local, url.startswith("git+file:")))
         what = f"{attribute} of {self.what}" if attribute else self.what
-        return explain.Subject(what, self.reference.url, trees)
+        return Subject(what, self.reference.url, trees)
 
     def memory(self) -> Memory:
         """Return what is remembered of this flake, after looking whether it can be used at all.

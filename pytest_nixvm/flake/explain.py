@@ -9,19 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_nixvm.errors import BuildError, EvaluationError, FlakeError, tail
 from pytest_nixvm.flake.fingerprint import tracked_problem
-from pytest_nixvm.flake.messages import Log, NixError, store_name
+from pytest_nixvm.flake.messages import Log, NixError, first_line, store_name
 from pytest_nixvm.flake.nix import NixFailure
-from pytest_nixvm.flake.remember import MODULES
-
-# A flake's files as nix names them: a copy in the store or, in newer versions, not copied.
-_SOURCE = re.compile(r"(?P<root>/nix/store/[0-9a-z]{32}-source)(?P<inner>/[^\s'\"»:,;)]*)?")
-_LAZY = re.compile(r"«(?:git\+file|path):(?://)?(?P<root>/[^»?]*)[^»]*»(?P<inner>/[^\s'\"»:,;)]*)?")
+from pytest_nixvm.flake.subject import Subject, is_ours
+from pytest_nixvm.flake.unreachable import unreachable
 
 _MISSING_FILE = (
     # nix up to 2.18 or so, then its successors
@@ -31,13 +26,6 @@ _MISSING_FILE = (
     re.compile(r"source tree referenced by '.*' does not contain (?:a )?'(?P<path>[^']+)'"),
     re.compile(r"'(?P<path>[^']+)' does not exist"),
 )
-
-_NETWORK = re.compile(
-    r"unable to download|[Cc]ould ?n[o']t resolve host|unable to access '|Connection timed out|"
-    r"[Cc]onnection refused|Network is unreachable|Failed to connect|"
-    r"program 'git' failed|Failed to fetch git repository|failed to fetch|does not have Internet",
-)
-_URL = re.compile(r"(?:https?|git|ssh)://[^\s'\"»]+")
 
 _BUILDER_FAILED = (
     re.compile(r"builder for '(?P<drv>[^']+)' failed (?P<how>[^;\n]*)"),
@@ -64,24 +52,6 @@ _NO_SPACE = re.compile(
 _LONGEST = 60  # lines of a message
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A source tree on this machine that nix reads."""
-
-    root: Path  # its top
-    folder: Path  # where its flake.nix is
-    git: bool  # whether git says what is in it
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What the failed call was about."""
-
-    what: str  # "nixosConfigurations.dev-vm of /home/me/config"
-    url: str  # the flake's reference
-    trees: Sequence[Tree]  # the flake's first, then those of local overrides
-
-
 def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
     """Build the error for an evaluation that failed."""
     if failure.timeout is not None:
@@ -95,7 +65,7 @@ def evaluation_failed(failure: NixFailure, subject: Subject) -> FlakeError:
         or _broken_lock(error, subject)
         or _missing_file(error, subject)
         or _store(error)
-        or _unreachable(error, failure.log, subject)
+        or unreachable(error, failure.log, subject)
         or _awkward_name(error, subject)
         or _no_flake(error, subject)
     )
@@ -203,7 +173,7 @@ def _missing_file(error: NixError, subject: Subject) -> FlakeError | None:
     found = next(filter(None, (pattern.search(error.text) for pattern in _MISSING_FILE)), None)
     if found is None:
         return None
-    place = _place(found["path"], subject)
+    place = subject.place(found["path"])
     if place is None:
         return None
     trees, name = place
@@ -223,34 +193,6 @@ def _missing_file(error: NixError, subject: Subject) -> FlakeError | None:
     )
 
 
-def _place(path: str, subject: Subject) -> tuple[list[Tree], str] | None:
-    """Return the trees a path in a message may be of, and its name in them."""
-    copy = _SOURCE.fullmatch(path) or _LAZY.fullmatch(path)
-    if copy is not None:
-        tree = _tree_of(copy, subject)
-        name = (copy["inner"] or "").strip("/")
-        trees = [tree] if tree else list(subject.trees)
-        return (trees, name) if name else None
-    for tree in subject.trees:
-        if Path(path).is_relative_to(tree.root):
-            return [tree], str(Path(path).relative_to(tree.root))
-    if path.startswith("/") or not subject.trees:
-        return None
-    return list(subject.trees), path
-
-
-def _tree_of(copy: re.Match[str], subject: Subject) -> Tree | None:
-    """Return the tree that a copy in the store is of: the one with the same flake.nix."""
-    for tree in subject.trees:
-        mine = tree.folder / "flake.nix"
-        if copy.re is _LAZY:
-            if Path(copy["root"]) == tree.root:
-                return tree
-        elif _equal(mine, Path(copy["root"]) / mine.relative_to(tree.root)):
-            return tree
-    return None
-
-
 def _add(root: Path, files: list[str], ignored: bool) -> FlakeError:
     shown = [str(root / name) for name in files[:5]]
     more = f" and {len(files) - 5} more" if len(files) > 5 else ""
@@ -264,92 +206,11 @@ def _add(root: Path, files: list[str], ignored: bool) -> FlakeError:
     return EvaluationError(f"{text}\nMake it known with: {command}")
 
 
-def _unreachable(error: NixError, log: Log, subject: Subject) -> FlakeError | None:
-    if subject.url.startswith("flake:") and "registr" in error.text:
-        name = subject.url.removeprefix("flake:")
-        why = (
-            "has none" if "cannot find" in error.text else f"can't be asked: {_reason(error.text)}"
-        )
-        return FlakeError(
-            f"There is no directory {name}, and nix's registry, where a flake of that name could "
-            f"be, {why}."
-        )
-    if "cannot find flake" in error.text and "registr" in error.text:
-        return FlakeError(
-            f"{subject.what} has an input that is not in nix's registry: {_first(error.text)}\n"
-            "Say what to use in its place with --nixvm-override-input NAME REF."
-        )
-    text = "\n".join([error.text, *log.other])
-    if not _NETWORK.search(error.text):
-        return None
-    url = _URL.search(text)
-    where = url[0].rstrip(".,") if url else ""
-    if not where and not subject.url.startswith(("path:", "git+file:")):
-        where = subject.url
-    if not where and "git" in error.text:
-        return None  # a local repository git can't read: its own words say more
-    reason = _reason(text)
-    remote = not subject.url.startswith(("path:", "git+file:"))
-    if remote and _mentions(where, subject.url):
-        lead = f"The flake {subject.url} can't be fetched"
-        way_out = "Check the name and the network, or give a local copy: --nixvm-flake=/path/to/it."
-    else:
-        name = _input_for(where, subject) or ""
-        lead = f"An input of {subject.what} can't be fetched"
-        way_out = (
-            "With a local copy, or another reference: "
-            f"--nixvm-override-input {name or 'NAME'} /path/to/it."
-        )
-        if name:
-            lead = f"The input {name} of {subject.what} can't be fetched"
-    return FlakeError(f"{lead}: {reason}" + (f" ({where})" if where else "") + f".\n{way_out}")
-
-
-def _reason(text: str) -> str:
-    for pattern, reason in (
-        (r"[Cc]ould ?n[o']t resolve host", "no network, or no such host"),
-        (r"[Tt]imed? ?out|Timeout", "the server does not answer"),
-        (r"refused|Failed to connect|not connect|unreachable", "the server can't be reached"),
-        (r"HTTP error 404|not found", "there is nothing at this address"),
-        (r"HTTP error 40[13]|[Aa]uthentication|terminal prompts disabled", "access is denied"),
-    ):
-        if re.search(pattern, text):
-            return reason
-    fatal = re.findall(r"^fatal: (.*)", text, re.MULTILINE)  # git's own words
-    return fatal[-1] if fatal else _first(text)
-
-
-def _mentions(address: str, reference: str) -> bool:
-    """Whether an address that was asked for belongs to a flake reference."""
-    body = re.sub(r"^[a-z+]+:(//)?", "", reference).partition("?")[0].rstrip("/")
-    owner_repo = "/".join(body.split("/")[:2])
-    return bool(body) and (body in address or owner_repo in address or "registry" in address)
-
-
-def _input_for(address: str, subject: Subject) -> str | None:
-    """Find the input whose reference an address comes from, in the flake's own text."""
-    found = re.search(r"[/:]([\w.-]+/[\w.-]+?)(?:\.git)?(?:[/?]|$)", re.sub(
-        r"^\w+://(?:[^/]*github[^/]*/(?:repos/)?|[^/]+/)", "/", address
-    ))  # fmt: skip
-    if not found or not subject.trees:
-        return None
-    folder = subject.trees[0].root
-    query = re.search(r"[?&]dir=([^&]+)", subject.url)
-    try:
-        text = (folder / (query[1] if query else "") / "flake.nix").read_text(errors="replace")
-    except OSError:
-        return None
-    repository = re.escape(found[1])
-    pattern = rf"([\w-]+)(?:\.url\s*=\s*|\s*=\s*\{{[^}}]*?\burl\s*=\s*)\"[^\"]*{repository}"
-    name = re.search(pattern, text)
-    return name[1] if name else None
-
-
 def _store(error: NixError) -> FlakeError | None:
     if not _NO_STORE.search(error.text):
         return None
     return FlakeError(
-        f"Nix can't use its store: {_first(error.text)}\n"
+        f"Nix can't use its store: {first_line(error.text)}\n"
         "Start the nix-daemon, or run as the store's owner (`ls -ld /nix/store` tells)."
     )
 
@@ -372,23 +233,19 @@ def _awkward_name(error: NixError, subject: Subject) -> FlakeError | None:
 def _no_flake(error: NixError, subject: Subject) -> FlakeError | None:
     if not _NOT_A_FLAKE.search(error.text):
         return None
-    text = _local_paths(_first(error.text), subject)
+    text = subject.local(first_line(error.text))
     if "lacks attribute 'outputs'" in text:
         text = "its flake.nix has no `outputs`"
     elif "must be an attribute set" in text or "expected a set" in text:
         text = "its flake.nix is not an attribute set `{ outputs = …; }`"
-    return FlakeError(f"{_of(subject)} is no flake: {text}.")
-
-
-def _of(subject: Subject) -> str:
-    return str(subject.trees[0].root) if subject.trees else subject.url
+    return FlakeError(f"{subject.where} is no flake: {text}.")
 
 
 def _render(error: NixError, subject: Subject) -> str:
     """Nix's own message, its place in the user's file, and the lines around it."""
-    text = _local_paths(error.text, subject)
-    if error.file and not _is_ours(error.file):
-        place = _local_paths(error.file, subject)
+    text = subject.local(error.text)
+    if error.file and not is_ours(error.file):
+        place = subject.local(error.file)
         text += f"\nat {place}:{error.line}:{error.column}:"
         excerpt = re.findall(r"^\s*\d*\|.*$", error.full, re.MULTILINE)
         if excerpt:
@@ -405,35 +262,6 @@ def _render(error: NixError, subject: Subject) -> str:
     return _indent(shorten(text))
 
 
-def _is_ours(file: str) -> bool:
-    """Whether it is the copy of a file of flake/modules: no place where a user could mend it."""
-    copy = _SOURCE.fullmatch(file)
-    return copy is not None and _equal(MODULES / (copy["inner"] or "").strip("/"), Path(file))
-
-
-def _local_paths(text: str, subject: Subject) -> str:
-    """Put the user's own files in the place of the copies in the store that nix speaks of."""
-
-    def replace(match: re.Match[str]) -> str:
-        inner = (match["inner"] or "").lstrip("/")
-        tree = _tree_of(match, subject)
-        if tree is not None:
-            return str(tree.root / inner)
-        for tree in subject.trees:
-            if inner and _equal(tree.root / inner, Path(match["root"]) / inner):
-                return str(tree.root / inner)
-        return match[0]
-
-    return _LAZY.sub(replace, _SOURCE.sub(replace, text))
-
-
-def _equal(one: Path, other: Path) -> bool:
-    try:
-        return one.read_bytes() == other.read_bytes()
-    except OSError:
-        return False
-
-
 def _last(log: Log) -> str:
     return f" (the last that was seen: {log.now})" if log.now else ""
 
@@ -442,10 +270,6 @@ def _failed(how: str) -> str:
     """Return what became of a builder, from the various ways nix says it."""
     how = re.sub(r"^(?:builder )?(?:failed )?", "", how.strip(" .:"))
     return f"failed {how}" if how else "failed"
-
-
-def _first(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "").rstrip(".")
 
 
 def _dedent(lines: list[str]) -> list[str]:

@@ -27,6 +27,11 @@ def plain(text: str) -> str:
     return _ANSI.sub("", text).replace("\r\n", "\n")
 
 
+def first_line(text: str) -> str:
+    """Return the first line that says something, without its full stop."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "").rstrip(".")
+
+
 def store_name(path: str) -> str:
     """Return the readable part of a store path: `linux-6.1` of `/nix/store/…-linux-6.1.drv`."""
     match = _STORE_PATH.search(path)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from _flake import git, write_flake
 
-from pytest_nixvm.flake.explain import Subject, Tree, build_failed, evaluation_failed
+from pytest_nixvm.flake.explain import build_failed, evaluation_failed
 from pytest_nixvm.flake.inputs import dependencies
 from pytest_nixvm.flake.messages import Log, plain, store_name
 from pytest_nixvm.flake.nix import NixFailure
+from pytest_nixvm.flake.subject import Subject, Tree
 
 DRV = "/nix/store/lw50q1nzliamyd7f1cjjng10bh905i99-linux-6.1.drv"
 TOP = "/nix/store/g2dm5qclpdg9qswxaz6myx0hss3q298w-nixos-vm.drv"
