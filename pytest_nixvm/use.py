@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -137,6 +138,12 @@ class Use:
         self._ended = True
         self._ready.set()
         self._stack.close()
+
+    @property
+    def console_log(self) -> Path | None:
+        """The file with all that its console has shown, None before QEMU runs."""
+        log = None if self._machine is None else self._machine.spec.console_log
+        return log if log is not None and log.exists() else None
 
     # --- from power-on to power-off --------------------------------------------------------------
 

@@ -98,13 +98,22 @@ def command(
         )
         with _signals() as ignore, use:
             try:
-                use.start()
+                _start(use)
                 context.progress.close()
                 notes.show()
-                _tell(use, wanted, build.overrides)
-                return _wait(use)
+                return _wait(use, _what_runs(use, wanted, build.overrides))
             finally:
                 ignore()
+
+
+def _start(use: Use) -> None:
+    try:
+        use.start()
+    except KeyboardInterrupt:
+        # Whoever has waited enough wants to know for what.
+        if use.console_log is not None:
+            _say(f"\n{use.name} had not booted yet. What its console has shown: {use.console_log}")
+        raise
 
 
 def hold_image(disk: KeptDisk, build: VmBuild, nix: Nix, *, fresh: bool) -> None:
@@ -147,9 +156,11 @@ def _say(text: str) -> None:
         click.echo(text, err=True)
 
 
-def _wait(use: Use) -> int:
-    """Wait for the VM's end, from inside or by a signal; return the exit status."""
+def _wait(use: Use, told: str) -> int:
+    """Say that it runs, wait for its end, by itself or by a signal, and return the exit status."""
     try:
+        with contextlib.suppress(OSError):  # nobody reads that any more: it runs all the same
+            click.echo(told)
         _say(f"{use.name} has ended: {use.wait()}.")
     except KeyboardInterrupt:
         _say(f"\n{use.name} powers down. Ctrl-C again cuts its power.")
@@ -162,7 +173,7 @@ def _wait(use: Use) -> int:
     return 0
 
 
-def _tell(use: Use, wanted: Wishes, overrides: Sequence[Override]) -> None:
+def _what_runs(use: Use, wanted: Wishes, overrides: Sequence[Override]) -> str:
     lines = [f"{use.name} runs{'' if use.window else ', without a window'}."]
     lines += [f"    its disk is kept: {use.disk.path}"] if use.disk is not None else []
     lines += [f"    differs from its configuration: {o.option} = {o.value}" for o in overrides]
@@ -176,7 +187,7 @@ def _tell(use: Use, wanted: Wishes, overrides: Sequence[Override]) -> None:
         f"    serial console: nixvm console {use.name}",
         "Ctrl-C powers it down.",
     ]
-    click.echo("\n".join(lines))
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -185,6 +196,8 @@ def _signals() -> Iterator[Callable[[], None]]:
     before = {number: signal.getsignal(number) for number in _ENDING}
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        # A closed terminal tells it twice, by the shell and by the kernel: that hurries nobody.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     def ignore() -> None:

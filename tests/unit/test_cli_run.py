@@ -265,11 +265,35 @@ def test_terminal_that_is_closed_still_has_the_guest_power_off(monkeypatch):
 
     monkeypatch.setattr(run_command.click, "echo", hung_up)
     use = Ending()
-    assert run_command._wait(use) == 0
+    assert run_command._wait(use, "dev-vm runs.") == 0
     assert use.done == ["power down"]
     notes = run_command._Notes()
     notes.show()
     notes.add("said while it shuts down")
+
+
+def test_control_c_right_behind_the_boot_powers_it_down(monkeypatch):
+    said = []
+
+    def interrupted(text: str, **_: object) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_command.click, "echo", interrupted)
+    use = Ending()
+    assert run_command._wait(use, "dev-vm runs.") == 0
+    assert use.done == ["power down"]
+
+
+def test_who_does_not_wait_for_the_boot_is_told_where_its_console_is(tmp_path, capsys):
+    use = Ending()
+    use.start = use.wait
+    for log, said in ((None, ""), (tmp_path / "log", f"shown: {tmp_path}/log\n")):
+        use.console_log = log
+        with pytest.raises(KeyboardInterrupt):
+            run_command._start(use)
+        assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize("nohup", [False, True])
@@ -282,6 +306,9 @@ def test_closed_terminal_ends_it_unless_nohup_has_said_otherwise(nohup):
             else:
                 with pytest.raises(KeyboardInterrupt):
                     os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGHUP)  # told twice, it cuts no power
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if nohup else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
