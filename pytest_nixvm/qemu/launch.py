@@ -77,7 +77,7 @@ def start(
         if process is not None:
             process.kill()
         if isinstance(error, MachineGoneError) and ended is not None:
-            raise _failed(spec, f"ended with {describe_status(ended)}") from None
+            raise _failed(spec, f"ended with {describe_status(ended)}", ended) from None
         if isinstance(error, MachineGoneError):
             raise _failed(spec, "still ran when its QEMU was gone") from None
         if isinstance(error, QmpError):
@@ -88,9 +88,9 @@ def start(
         raise
 
 
-def _failed(spec: LaunchSpec, what: str) -> QemuError:
+def _failed(spec: LaunchSpec, what: str, status: int | None = None) -> QemuError:
     said = read_end(spec.qemu_log)
-    text = f"{spec.name}: QEMU's start script {what}.{full_disk(said, spec.places)}"
+    text = f"{spec.name}: QEMU's start script {what}.{full_disk(said, spec.places, status)}"
     if said.strip():
         text += f"\nIt said:\n{quote(said, 25)}"
     else:

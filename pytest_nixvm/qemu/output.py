@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_nixvm.errors import tail
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
+_A_PAGE = 2 << 20  # bytes, of the larger ones
 
 
-def full_disk(said: str, places: Iterable[Path]) -> str:
-    """Return a sentence naming which of `places` is full, if that is what `said` is about."""
-    if not _FULL.search(said):
+def full_disk(said: str, places: Iterable[Path], status: int | None = None) -> str:
+    """Return a sentence naming which of `places` is full, if that is what `said` is about.
+
+    A `status` of SIGBUS says it as well, of memory that is a file, where one of them is.
+    """
+    mute = status == -signal.SIGBUS
+    if not _FULL.search(said) and not mute:
         return ""
     rooms = {}
     for place in places:
@@ -28,6 +34,8 @@ def full_disk(said: str, places: Iterable[Path]) -> str:
     if not rooms:
         return ""
     fullest = min(rooms, key=lambda path: rooms[path][0])
+    if mute and rooms[fullest][0] > _A_PAGE:
+        return ""
     free, size = (number / (1 << 20) for number in rooms[fullest])
     return (
         f"\nThe disk is full: {fullest} has {free:.0f} of {size:.0f} MiB free. Make room, or use "

@@ -113,8 +113,10 @@ class Qemu:
         if self.monitor.events("GUEST_PANICKED"):
             ended = f"the guest's kernel had panicked; {ended}"
         said = read_end(self.spec.qemu_log)
-        if status not in (0, -signal.SIGKILL) and said.strip():  # it had no time for last words
-            ended += f"{full_disk(said, self.spec.places)}\nIts last words:\n{quote(said, 15)}"
+        if status not in (0, -signal.SIGKILL):  # it had no time for last words
+            ended += full_disk(said, self.spec.places, status)
+            if said.strip():
+                ended += f"\nIts last words:\n{quote(said, 15)}"
         return ended
 
     # --- network ---

@@ -145,7 +145,9 @@ class LaunchSpec:
     @property
     def places(self) -> tuple[Path, ...]:
         """The directories that are written to."""
-        return (self.scratch, self.sockets, self.qemu_log.parent, self.console_log.parent)
+        memory = () if self.ram is None else (self.ram.parent,)
+        logs = (self.qemu_log.parent, self.console_log.parent)
+        return (self.scratch, self.sockets, *memory, *logs)
 
     def check(self) -> None:
         """Raise `SettingsError` for paths that QEMU could not use."""

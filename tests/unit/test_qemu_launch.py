@@ -262,8 +262,11 @@ def test_a_script_that_loses_its_qemu(start: Launch, tmp_path: Path) -> None:
     assert "no-such-device" in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_disk_is_named(start: Launch, tmp_path: Path) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -271,13 +274,27 @@ def test_a_full_disk_is_named(start: Launch, tmp_path: Path) -> None:
     )
     if mounted.returncode:
         pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    yield small
+    subprocess.run(["umount", small], check=True)
+
+
+def test_a_full_disk_is_named(start: Launch, small: Path, tmp_path: Path) -> None:
+    script = start_script(tmp_path, before='head -c 4M /dev/zero > "$TMPDIR/big"')
+    with pytest.raises(QemuError) as caught:
+        start(script, scratch=small / "scratch")
+    assert f"The disk is full: {small}/scratch has 0 of 1 MiB free." in str(caught.value)
+
+
+def test_memory_that_is_a_file_on_a_full_disk(start: Launch, small: Path, tmp_path: Path) -> None:
     try:
-        script = start_script(tmp_path, before='head -c 4M /dev/zero > "$TMPDIR/big"')
-        with pytest.raises(QemuError) as caught:
-            start(script, scratch=small / "scratch")
-        assert f"The disk is full: {small}/scratch has 0 of 1 MiB free." in str(caught.value)
-    finally:
-        subprocess.run(["umount", small], check=True)
+        qemu = start(start_script(tmp_path), ram=small / "ram")
+    except QemuError as error:
+        told = str(error)
+    else:  # the firmware has not touched all of it yet
+        qemu.wait_exit(20)
+        told = qemu.cause_of_death()
+    assert "ended with signal SIGBUS" in told
+    assert f"The disk is full: {small} has 0 of 1 MiB free." in told
 
 
 # --- sockets ---
