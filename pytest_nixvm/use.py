@@ -355,7 +355,10 @@ class Use:
 
     def _read_console(self) -> None:
         assert self._machine is not None  # noqa: S101 - for the type checker
-        console = self._machine.console
+        try:
+            console = self._machine.console
+        except MachineError:
+            return  # its last words, and it has been ended already
         # Once more from a little before what was read: a line may come in two parts.
         text = console.text(max(0, self._read - len(_PANIC)))
         self._read = console.mark()

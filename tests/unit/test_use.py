@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_nixvm import use as module
-from pytest_nixvm.errors import AgentError, GuestPanicError, MachineError, QemuError
+from pytest_nixvm.errors import (
+    AgentError,
+    GuestPanicError,
+    MachineError,
+    MachineGoneError,
+    QemuError,
+)
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.qemu.monitor import Event
 from pytest_nixvm.settings import Settings
@@ -155,6 +161,21 @@ def test_panic_without_a_device_that_tells_is_read_from_the_console(use):
     use._read_console()
     with pytest.raises(GuestPanicError, match="what happened"):
         use.wait()
+
+
+def test_last_words_of_a_vm_that_was_ended_are_no_error(use):
+    class Ended(Machine):
+        @property
+        def console(self):
+            raise MachineGoneError("vm is not running")
+
+        @console.setter
+        def console(self, value):
+            pass
+
+    use._machine = Ended(Path("/"), use._qemu)
+    use._read_console()
+    assert not use._suspect
 
 
 def test_panic_that_somebody_reads_in_the_journal_is_none(use):
