@@ -396,7 +396,8 @@ def test_ssh_is_given_the_command_as_it_is(nixvm, host, monkeypatch):
 def test_option_that_ssh_has_and_we_have_not_is_said(nixvm, host):
     status, out, err = nixvm("ssh", "-p", "22", "dev-vm")
     assert (status, out) == (2, "")
-    assert err.startswith("nixvm: No such option '-p'")
+    assert err.startswith("nixvm: No such option")
+    assert "-p" in err
 
 
 def test_ssh_command_is_printed_for_other_programs(nixvm, host):
