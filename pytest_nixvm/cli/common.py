@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property, wraps
@@ -96,6 +97,7 @@ def with_flake(command: _Command) -> _Command:
         offline: bool,
         **others: Any,
     ) -> Any:
+        _check_pairs()
         context = Context(
             flake=flake,
             override_input=override_input,
@@ -113,13 +115,25 @@ def with_flake(command: _Command) -> _Command:
     return wrapped  # type: ignore[return-value]
 
 
+def _check_pairs() -> None:
+    # click leaves out a last word that has none to go with, without a word.
+    for variable in map(_variable, ("--override-input", "--nix-option")):
+        words = os.environ.get(variable, "").split()
+        if len(words) % 2:
+            raise click.UsageError(f"{variable} should be names and values in turn: {words[-1]!r}.")
+
+
+def _variable(option: str) -> str:
+    return f"NIXVM_{option.strip('-').replace('-', '_').upper()}"
+
+
 def _pairs(name: str, values: tuple[str, str], text: str) -> Callable[[_Command], _Command]:
     return click.option(
         name,
         type=(str, str),
         metavar=" ".join(values),
         multiple=True,
-        envvar=f"NIXVM_{name.strip('-').replace('-', '_').upper()}",
+        envvar=_variable(name),
         help=text,
     )
 

@@ -182,3 +182,11 @@ def test_list_of_one_machine_evaluates_no_other(run, flake):
     _, out, err = run("list")
     kinds = {line.split()[0]: line.split()[1] for line in out.splitlines()[1:]}
     assert kinds == {"web": "physical", "dev-vm": "vm", "bad": "?", "red": "physical"}
+
+
+@pytest.mark.parametrize("name", ["NIXVM_OVERRIDE_INPUT", "NIXVM_NIX_OPTION"])
+def test_a_variable_with_half_a_pair_is_a_mistake(run, monkeypatch, name):
+    monkeypatch.setenv(name, "sandbox false nixpkgs")
+    status, out, err = run("list")
+    assert (status, out) == (2, "")
+    assert f"{name} should be names and values in turn: 'nixpkgs'." in err
