@@ -114,6 +114,7 @@ def test_host_that_nobody_can_log_in_to_any_more_goes_back(server):
     status, _, err = server.deploy("deaf", "--timeout", "8")
     assert status == 1, err
     assert "has not answered" in err or "No connection" in err
+    assert "Failed to run activate script" not in err
     server.is_unharmed()
 
 

@@ -7,6 +7,7 @@ if [ ! /var/lib/nixos/accounts -ef "$accounts" ] || [ -z "$mutable" ]; then
     install -m 640 -g 318 "$accounts/shadow" /etc/shadow
   else
     homes=/var/lib/nixos/homes
+    : > "$homes" # awk makes it only where there is one
     awk -F: -v OFS=: -v accounts="$accounts" -v before=/var/lib/nixos/accounts -v mutable="$mutable" -v homes=$homes -f "$merge"
     chmod 644 /etc/passwd.new /etc/group.new; chmod 640 /etc/shadow.new; chgrp 318 /etc/shadow.new
     for file in passwd group shadow; do mv /etc/$file.new /etc/$file; done
