@@ -95,7 +95,11 @@ class Output:
         if name not in self._names:
             self._names.append(name)
         entries = {"began": _stamp(), "entries": self._names}
-        (self.path / MANIFEST.format(os.getpid())).write_text(json.dumps(entries) + "\n")
+        path = self.path / MANIFEST.format(os.getpid())
+        try:
+            path.write_text(json.dumps(entries) + "\n")
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
 
 def _set_aside(base: Path) -> None:

@@ -38,7 +38,7 @@ class FlakeReference:
         """Understand `text`; relative paths are taken from `cwd`.
 
         Raises:
-            FlakeError: there is no such directory, or no flake.nix in it.
+            FlakeError: there is no such directory, or no flake.nix in it, or nobody may look.
         """
         url, _, fragment = text.strip().partition("#")
         absolute, local = locate(url or ".", cwd)
@@ -55,8 +55,18 @@ def locate(text: str, cwd: Path) -> tuple[str, Path | None]:
     """Return the absolute URL for a reference without fragment, and its directory if local.
 
     Raises:
-        FlakeError: it looks like a path, and nothing is there.
+        FlakeError: it looks like a path, and nothing is there, or nobody may look.
     """
+    try:
+        absolute, local = _located(text, cwd)
+        if local is not None:
+            (local / "flake.nix").exists()
+    except OSError as error:
+        raise FlakeError(f"{text} can't be looked at: {error.strerror}.") from None
+    return absolute, local
+
+
+def _located(text: str, cwd: Path) -> tuple[str, Path | None]:
     scheme = _SCHEME.match(text)
     if scheme is None:
         try:
@@ -163,7 +173,7 @@ def _check_directory(folder: Path) -> None:
             raise FlakeError(
                 f"{message} But {parent} has one: did you mean --nixvm-flake={parent}?"
             )
-    raise FlakeError(message)
+    raise FlakeError(f"{message} (`nixvm init` writes one into an empty directory.)")
 
 
 def _quoted(path: Path) -> str:
