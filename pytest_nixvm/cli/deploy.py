@@ -13,7 +13,8 @@ from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.texts import emit_json
 from pytest_nixvm.deploy import system
 from pytest_nixvm.deploy.host import SCRIPT, Facts, Host, Target, check
-from pytest_nixvm.deploy.steps import Deploy, Plan, difference, told
+from pytest_nixvm.deploy.result import told
+from pytest_nixvm.deploy.steps import Deploy, Plan
 from pytest_nixvm.errors import SettingsError, UserError
 from pytest_nixvm.flake.words import listed
 from pytest_nixvm.tested import Tested
@@ -165,7 +166,7 @@ def _check_tests(context: Context, name: str, toplevel: str, *, forced: bool) ->
 def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_json: bool) -> None:
     closure = system.closure(context.catalogue.nix, toplevel)
     old = [line for line in host.call("requisites").splitlines() if line.startswith("/")]
-    lines = difference(old, closure)
+    lines = system.difference(old, closure)
     ended = host.run("dry", toplevel, timeout=300)
     context.progress.close()
     if as_json:

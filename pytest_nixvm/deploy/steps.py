@@ -9,10 +9,11 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from pytest_nixvm.deploy.host import DeployError, Facts, Host
+from pytest_nixvm.deploy.result import NOBODY, Result
 from pytest_nixvm.errors import SshError
 from pytest_nixvm.progress import Progress
 from pytest_nixvm.wait import Deadline
@@ -26,7 +27,6 @@ _UNIT_GRACE = 10.0  # seconds for a unit that has failed to be started again by 
 _CALM = 5.0  # seconds that it has to be well: much of what fails does so just after its start
 _GONE_GRACE = 20.0  # seconds for the unit on the host to be there, or to say how it ended
 _CHECK_TIMEOUT = 60.0
-_NOBODY = "nobody is at work there any more"
 
 
 @dataclass(frozen=True)
@@ -40,38 +40,6 @@ class Plan:
     switch_timeout: float = 900.0  # for the activation
     checks: tuple[str, ...] = ()  # shell commands for the host that have to succeed
     reason: str = ""  # why it is deployed though its tests did not pass
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of it.
-
-    `outcome` is overtaken where somebody else has switched the host meanwhile, unknown where the
-    host can't be reached any more. `bad_loader`: what it boots could not be put back.
-    """
-
-    name: str
-    host: str
-    outcome: Literal[
-        "committed", "unchanged", "rolled-back", "rollback-failed", "overtaken", "unknown"
-    ]
-    old: str
-    new: str
-    generation: str
-    reason: str = ""
-    output: str = ""  # of the activation, where it did not go well
-    interrupted: bool = False
-    boot: bool = False
-    bad_loader: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether the host has what it was to have."""
-        return self.outcome in ("committed", "unchanged")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON data."""
-        return {**asdict(self), "ok": self.ok}
 
 
 class _Unwell(Exception):
@@ -296,7 +264,7 @@ class Deploy:
                 elif gone is None:
                     gone = Deadline(_GONE_GRACE)
                 elif gone.expired:
-                    why = f"{_NOBODY}, and it runs {facts['current']}."
+                    why = f"{NOBODY}, and it runs {facts['current']}."
                     break
             time.sleep(self._pause)
         why = f"{reason.rstrip('.')}. {why}" if reason and why else reason or why
@@ -333,81 +301,3 @@ class Deploy:
             self._plan.boot,
             facts["loader"] == "bad",
         )
-
-
-def told(result: Result) -> str:
-    """Say what became of a deploy, and what can be done now."""
-    host, name = result.host, result.name
-    login = f"ssh {host}"  # OpenSSH takes such a URL, with its port
-    if result.outcome == "unchanged":
-        return f"{host} has this {name} already, as generation {result.generation}."
-    if result.outcome == "committed":
-        done = "boots" if result.boot else "runs"
-        return (
-            f"{host} {done} {name}, generation {result.generation}"
-            + (" from its next boot on.\n" if result.boot else ", also after a reboot.\n")
-            + f"To go back by hand: {login} nixos-rebuild switch --rollback"
-        )
-    why = f" {result.reason.rstrip('.')}." if result.reason else ""
-    if result.outcome == "unknown":
-        text = f"It is not known whether {host} was switched to {name}:{why}\n"
-        if not result.boot and _NOBODY not in result.reason:
-            text += f"It goes back to {result.old} by itself unless it has heard that all is well. "
-        return text + f"Look: {login} journalctl -u nixvm-deploy"
-    text = f"{host} was not switched to {name}:{why}"
-    if result.outcome == "overtaken":
-        return text + "\nIt is left as it is now."
-    if result.outcome == "rollback-failed":
-        text += "\nGoing back has failed as well."
-        if not result.bad_loader:
-            text += " Its boot default is the old generation: reboot it."
-    else:
-        text += f"\nIt runs {result.old}, as before."
-    if result.bad_loader:
-        text += (
-            "\nWhat it boots could not be put back: mend that before a reboot. "
-            f"{login} /nix/var/nix/profiles/system/bin/switch-to-configuration boot"
-        )
-    if "only booted" in result.reason:
-        text += "\nHave it booted the next time: nixvm deploy --boot."
-    if result.output.strip():
-        text += "\nThe activation said:\n" + _indent(result.output)
-    return text
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.rstrip().splitlines()[-40:])
-
-
-def difference(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """Say by name what differs between two closures (store paths): + new, - gone, ~ changed."""
-    left, right = _names(old), _names(new)
-    lines = []
-    for name in sorted(left.keys() | right.keys()):
-        before, after = left.get(name, set()), right.get(name, set())
-        if before == after:
-            continue
-        versions = [", ".join(sorted(v for v, _ in each if v)) for each in (before, after)]
-        if not before:
-            lines.append(f"+ {name} {versions[1]}".rstrip())
-        elif not after:
-            lines.append(f"- {name} {versions[0]}".rstrip())
-        elif versions[0] != versions[1]:
-            lines.append(f"~ {name} {versions[0] or '?'} → {versions[1] or '?'}")
-        else:
-            lines.append(f"~ {name}, rebuilt")
-    return lines
-
-
-def _names(paths: Sequence[str]) -> dict[str, set[tuple[str, str]]]:
-    found: dict[str, set[tuple[str, str]]] = {}
-    for path in paths:
-        base = path.rpartition("/")[2]
-        digest, _, full = base.partition("-")
-        name, version = full, ""
-        for at, letter in enumerate(full):
-            if letter == "-" and full[at + 1 : at + 2].isdigit():
-                name, version = full[:at], full[at + 1 :]
-                break
-        found.setdefault(name, set()).add((version, digest))
-    return found

@@ -11,7 +11,7 @@ from _flake import OPTIONS, git, machine, needs_nix, write_flake
 
 from pytest_nixvm import tested
 from pytest_nixvm.cli import main
-from pytest_nixvm.deploy.steps import Result
+from pytest_nixvm.deploy.result import Result
 
 pytestmark = needs_nix
 

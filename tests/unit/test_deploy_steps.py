@@ -9,7 +9,9 @@ from _deploy_host import PROGRAMS
 from _deploy_host import Host as FakeHost
 
 from pytest_nixvm.deploy.host import DeployError, Facts, Host, Target, check
-from pytest_nixvm.deploy.steps import Deploy, Plan, difference, told
+from pytest_nixvm.deploy.result import told
+from pytest_nixvm.deploy.steps import Deploy, Plan
+from pytest_nixvm.deploy.system import difference
 from pytest_nixvm.errors import SettingsError, SshError
 from pytest_nixvm.progress import Silent
 
@@ -328,4 +330,4 @@ def test_difference_of_two_closures():
 
     old = [path("1", "a-1.0"), path("1", "b-2"), path("1", "etc"), path("1", "gone-3.1-lib")]
     new = [path("2", "a-1.1"), path("1", "b-2"), path("2", "etc"), path("1", "more-4")]
-    assert difference(old, new) == ["~ a 1.0 → 1.1", "~ etc, rebuilt", "- gone 3.1-lib", "+ more 4"]
+    assert difference(old, new) == ["~ a 1.0 → 1.1", "~ etc, rebuilt", "- gone 3.1", "+ more 4"]
