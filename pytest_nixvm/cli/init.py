@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from pytest_nixvm import layout
 from pytest_nixvm.cli.completion import complete_directories
@@ -68,7 +69,12 @@ def command(
     machines/vms/NAME from the TEMPLATE beside it and puts the name into flake.nix. What is there
     already is never written over, and nothing is asked.
     """
-    names = _new_vms(words, flake)
+    named = click.get_current_context().get_parameter_source("flake") == ParameterSource.COMMANDLINE
+    if words[:1] != ("vm",):
+        if named:
+            raise click.UsageError("--flake is for a new VM: nixvm init vm NAME --flake DIR.")
+        flake = "."  # $NIXVM_FLAKE is no place for a new flake
+    names = _new_vms(words)
     if names:
         if user is not None or keys or vms:
             raise click.UsageError("--user, --key and --vm are for a new flake: nixvm init DIR.")
@@ -90,17 +96,17 @@ def _path(text: str) -> Path:
         raise SettingsError(f"{text}: {error}") from None
 
 
-def _new_vms(words: Sequence[str], flake: str) -> Sequence[str]:
+def _new_vms(words: Sequence[str]) -> Sequence[str]:
     """Return the VMs that are to be added; none if a new flake is asked for.
 
-    A plain name where there is a flake already can be nothing but a VM's.
+    A plain name in the directory of a flake can be nothing but a VM's.
     """
     if words and words[0] == "vm":
         if len(words) == 1:
             raise click.UsageError("Which VM? nixvm init vm NAME. (A directory: nixvm init ./vm.)")
         return words[1:]
     one = len(words) == 1 and "/" not in words[0] and words[0] not in (".", "..", "~")
-    if one and (Path(flake) / layout.VMS).is_dir() and not Path(words[0]).exists():
+    if one and Path(layout.VMS).is_dir() and not Path(words[0]).exists():
         return words
     return ()
 
@@ -274,11 +280,13 @@ def _add(flake: Path, names: Sequence[str], *, home: bool, git: bool, as_json: b
         if not added.name.endswith("-vm"):
             click.echo(f"By the way: VMs are called PURPOSE-vm here, as in {added.name}-vm.")
     name = results[0][0].name
-    reference = "." if str(flake) == "." else str(flake)
+    reference = str(flake)
+    # Where `nixvm run` looks by itself.
+    where = "" if reference == (os.environ.get("NIXVM_FLAKE") or ".") else f" --flake {reference}"
     _tell(
         [
             (f"pytest --nixvm-flake={reference} --nixvm-machine={name}", "boots and tests it"),
-            (f"nixvm run {name}", "a machine to use"),
+            (f"nixvm run {name}{where}", "a machine to use"),
         ]
     )
 

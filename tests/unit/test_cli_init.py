@@ -201,6 +201,21 @@ def test_a_flake_elsewhere_and_several_at_once(run):
     assert Path("config/machines/vms/b-vm/home.nix").exists()
 
 
+def test_a_flake_that_the_environment_names_takes_no_plain_name(run, monkeypatch):
+    run("mine")
+    monkeypatch.setenv("NIXVM_FLAKE", "mine")
+    assert run("config")[0] == 0
+    assert Path("config/flake.nix").exists()
+    assert not Path("mine/machines/vms/config").exists()
+
+
+def test_what_comes_next_names_a_flake_that_is_elsewhere(run, monkeypatch):
+    run("config")
+    assert "nixvm run a-vm --flake config  " in run("vm", "a-vm", "--flake", "config")[1]
+    monkeypatch.setenv("NIXVM_FLAKE", "config")
+    assert "nixvm run b-vm  " in run("vm", "b-vm")[1]
+
+
 def test_where_the_list_is_something_else_the_line_is_said(run):
     run()
     Path("flake.nix").write_text("{ vmMachines = names ./.; }")
@@ -222,6 +237,7 @@ def test_where_the_list_is_something_else_the_line_is_said(run):
         (["--key", "/nowhere.pub"], "'/nowhere.pub' does not exist"),
         (["--home"], "--home is for a new VM"),
         (["one", "two"], "one directory"),
+        (["--flake", "one"], "--flake is for a new VM"),
         (["vm"], "Which VM?"),
         (["vm", "web-vm"], "is no flake"),
         (["vm", "web-vm", "--flake", "/nowhere"], "There is no directory /nowhere"),
