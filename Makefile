@@ -5,7 +5,7 @@
 help:
 	@echo "make demo    boot the example's machines and run its tests in them"
 	@echo "             STANDIN=1 or NIXPKGS=REF decide which nixpkgs they are made of"
-	@echo "make test    everything CI runs: lint, types, unit tests on each Python, VM tests"
+	@echo "make test    what CI runs: lint, types, unit tests, some also on Python 3.13, VM tests"
 	@echo "make bench   figures, side by side with their limits; on a quiet machine"
 	@echo "make setup   only what both need: system packages and .venv"
 	@echo "make clean   remove .venv and what tools leave behind"
