@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,12 +9,14 @@ from collections.abc import Sequence
 import click
 
 from pytest_nixvm.cli.common import Context, with_flake
+from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json
 from pytest_nixvm.deploy import system
-from pytest_nixvm.deploy.host import SCRIPT, Facts, Host, Target, check
+from pytest_nixvm.deploy.host import Facts, Host, Target, check
 from pytest_nixvm.deploy.result import told
 from pytest_nixvm.deploy.steps import Deploy, Plan
 from pytest_nixvm.errors import SettingsError, UserError
+from pytest_nixvm.flake.images import plain
 from pytest_nixvm.flake.words import listed
 from pytest_nixvm.tested import Tested
 
@@ -28,7 +29,7 @@ class NotTestedError(UserError):
 
 
 @click.command("deploy")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.option("--to", "to", required=True, metavar="ssh://root@HOST[:PORT]", help="The host.")
 @click.option(
     "--force", metavar="REASON", help="Deploy though the tests did not pass, and say why."
@@ -97,7 +98,7 @@ def command(
     toplevel = context.flake.real_toplevel(name)
     if not dry_run:
         _check_tests(context, name, toplevel, forced=bool(reason))
-    host = Host(target, ssh_options, script=os.environ.get("NIXVM_DEPLOY_SCRIPT", SCRIPT))
+    host = Host(target, ssh_options)
     built = context.flake.build_real(name)
     if str(built) != toplevel:
         raise UserError(f"{name} was changed meanwhile: it was {toplevel}, now it is {built}.")
@@ -108,16 +109,20 @@ def command(
     nix = context.catalogue.nix
     if dry_run:
         system.copy(nix, host, toplevel, context.progress, substitutes=use_substitutes)
-        _dry_run(context, host, before, toplevel, as_json=as_json)
-        return 0
+        return 0 if _dry_run(context, host, before, toplevel, as_json=as_json) else 1
     if int(before["space"] or 0) < _LITTLE:
         raise UserError(
             f"{target} has {int(before['space'] or 0) // _MB} MiB free in /nix/store: make room "
             "first (nix-collect-garbage)."
         )
     if reason:
+        # As the tests have it, or `nixvm list` would know them no more.
         Tested().force(
-            toplevel, machine=name, flake=str(context.settings.flake), to=str(target), reason=reason
+            toplevel,
+            machine=plain(name) if machine.image else name,
+            flake=str(context.flake.reference),
+            to=str(target),
+            reason=reason,
         )
     plan = Plan(name, toplevel, boot, timeout, switch_timeout, tuple(checks), reason)
 
@@ -163,7 +168,8 @@ def _check_tests(context: Context, name: str, toplevel: str, *, forced: bool) ->
     )
 
 
-def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_json: bool) -> None:
+def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_json: bool) -> bool:
+    """Say what would change, and whether the system's own dry run went well."""
     closure = system.closure(context.catalogue.nix, toplevel)
     old = [line for line in host.call("requisites").splitlines() if line.startswith("/")]
     lines = system.difference(old, closure)
@@ -178,11 +184,18 @@ def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_j
                 "difference": lines,
                 "activation": ended.stdout,
                 "tests": str(Tested().verdict(toplevel)),
+                "ok": ended.returncode == 0,
             }
         )
-        return
+        return ended.returncode == 0
     click.echo(f"{before['current']} would become\n{toplevel} ({Tested().verdict(toplevel)})")
     click.echo("\n".join(lines) or "Nothing differs in what they consist of.")
     click.echo(ended.stdout.rstrip())
     click.echo("Nothing was changed, but that the system is in the host's store now.")
     sys.stdout.flush()
+    if ended.returncode != 0:
+        click.echo(
+            f"nixvm: the system's dry run on {host.target} failed: exit status {ended.returncode}.",
+            err=True,
+        )
+    return ended.returncode == 0

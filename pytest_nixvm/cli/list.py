@@ -143,10 +143,11 @@ def _evaluate(context: Context, names: Sequence[str]) -> dict[str, str]:
 def _last(context: Context) -> dict[str, Verdict]:
     """Return what the tests said of each machine's system that was tested last."""
     reference = context.flake.reference
-    ours = {str(reference), str(reference.local or reference.url)}
+    ours = str(reference.local or reference.url)
     found: dict[str, Verdict] = {}
     for record in Tested().records():  # the last first
-        if record.flake in ours and record.tests:
+        # Behind a # is what of the flake was tested.
+        if record.tests and (record.flake == ours or record.flake.startswith(f"{ours}#")):
             found.setdefault(record.machine, record.verdict)
     return found
 

@@ -98,6 +98,7 @@ class Host:
         for name in ("old", "new"):
             (root / "nix/store" / name / "bin").mkdir(parents=True)
             self.program(root / "nix/store" / name / "bin/switch-to-configuration", SWITCH)
+        self.script = f"{root}/run/nixvm-deploy.sh"
         self.old, self.new = (str(root / "nix/store" / name) for name in ("old", "new"))
         (root / "run/current-system").symlink_to(self.old)
         (root / "nix/var/nix/profiles/system-1-link").symlink_to(self.old)

@@ -80,6 +80,7 @@ def test_machines_are_completed_from_what_is_remembered(tmp_path, capsys):
 
     assert complete("nixvm build ", flake, **cache) == ["dev-vm", "web"]
     assert complete("nixvm build we", flake, **cache) == ["web"]
+    assert complete("nixvm deploy we", flake, **cache) == ["web"]
     assert complete("nixvm build web ", flake, **cache) == ["dev-vm"]
     assert complete("nixvm build ", tmp_path, **cache, NIXVM_FLAKE="config") == ["dev-vm", "web"]
     assert complete(f"nixvm build --flake {flake} d", tmp_path, **cache) == ["dev-vm"]

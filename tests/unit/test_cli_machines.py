@@ -108,6 +108,9 @@ def test_list_knows_the_last_tests(run, flake):
     tested.Tested().add(system, machine="web", flake=str(flake), outcomes={"t::a": "passed"})
     assert tests() == {"web": "passed", "dev-vm": "none", "bad": "none", "red": "none"}
     assert tests("--tested")["web"] == "passed"
+    tested.Tested().add(system, machine="web", flake=f"{flake}#web", outcomes={"t::a": "failed"})
+    assert tests()["web"] == "failed"
+    tested.Tested().add(system, machine="web", flake=f"{flake}#web", outcomes={"t::a": "passed"})
 
     (flake / "flake.nix").write_text(
         (flake / "flake.nix").read_text().replace('hostName = "web"', 'hostName = "other"')

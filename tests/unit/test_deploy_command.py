@@ -5,14 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from _deploy_host import SWITCH
 from _deploy_host import Host as FakeHost
+from _documented import documented
 from _flake import OPTIONS, Workshop, machine, needs_nix, write_flake
 
-from pytest_nixvm.cli import main
+from pytest_nixvm.cli import deploy, main
+from pytest_nixvm.errors import MachineError
 from pytest_nixvm.tested import Tested as Records  # or pytest takes it for a test
 
 pytestmark = needs_nix
@@ -23,7 +26,7 @@ def fake(tmp_path, monkeypatch):
     fake = FakeHost(tmp_path / "host")
     for name in ("R", "NIXVM_DEPLOY_ROOT", "PATH"):
         monkeypatch.setenv(name, fake.env[name])
-    monkeypatch.setenv("NIXVM_DEPLOY_SCRIPT", f"{fake.root}/run/nixvm-deploy.sh")
+    monkeypatch.setattr(deploy, "Host", partial(deploy.Host, script=fake.script))
     return fake
 
 
@@ -40,7 +43,7 @@ def nixvm(workshop, fake, capsys):
     def call(*words, to="ssh://root@host"):
         options = [word for pair in OPTIONS for word in ("--nix-option", *pair)]
         place = ("--flake", str(workshop.tmp / "config"), "--cache", str(workshop.cache))
-        status = main(["deploy", *words, "--to", to, *place, *options])
+        status = main(["deploy", "--to", to, *place, *options, *words])
         return status, capsys.readouterr().err
 
     return call
@@ -104,6 +107,17 @@ def test_force_wants_a_reason_and_goes_on(nixvm, fake):
     assert "ssh://root@host is no NixOS" in said
 
 
+def test_force_leaves_the_record_to_its_machine_and_flake(nixvm, workshop, fake, monkeypatch):
+    toplevel = record(workshop, "failed")
+    monkeypatch.setattr(deploy, "Deploy", lambda *_: (_ for _ in ()).throw(MachineError("later")))
+    with monkeypatch.context() as m:
+        m.chdir(workshop.tmp / "config")
+        assert nixvm("server@qcow2", "--force", "a fire", "--flake", ".")[1].endswith("later\n")
+    kept = Records().record(toplevel)
+    assert (kept.machine, kept.flake) == ("server", str(workshop.tmp / "config"))
+    assert kept.forced[0]["reason"] == "a fire"
+
+
 @pytest.mark.parametrize(
     ("words", "to", "said"),
     [
@@ -136,6 +150,15 @@ def test_system_that_cannot_be_built_is_told_by_its_log(nixvm, workshop):
 # --- a process of its own, to the end; what is "copied" is in the same store ----------------------
 
 
+PROCESS = """
+import sys
+from functools import partial
+from pytest_nixvm.cli import deploy, main
+deploy.Host = partial(deploy.Host, script=sys.argv.pop(1))
+sys.exit(main())
+"""
+
+
 @pytest.fixture
 def begin(workshop, fake, monkeypatch):
     """Begin to deploy a system that can be switched to."""
@@ -163,7 +186,7 @@ def begin(workshop, fake, monkeypatch):
         place = ("--flake", str(workshop.tmp / "config"), "--cache", str(workshop.cache))
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "pytest_nixvm.cli", "deploy", "server"),
+                *(sys.executable, "-c", PROCESS, fake.script, "deploy", "server"),
                 *("--to", "ssh://root@host", *words, *place, *options),
             ],
             stdout=subprocess.PIPE,
@@ -197,6 +220,21 @@ def test_dry_run_changes_nothing(begin, fake, workshop):
     assert f"{begin.toplevel} (1 test passed" in out
     assert "Nothing was changed" in out
     assert fake.runs() == ("old", "old", "old")
+
+
+def test_dry_run_that_fails_says_so(begin, fake):
+    name = Path(begin.toplevel).name
+    fake.behave(f"{name}.dry-activate", "echo pre-switch check failed; exit 1")
+    process = begin("--dry-run")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, "pre-switch check failed" in out) == (1, True), err
+    assert "dry run on ssh://root@host failed: exit status 1." in err
+
+    process = begin("--dry-run", "--json")
+    out, err = process.communicate(timeout=60)
+    told = json.loads(out)
+    assert (process.returncode, told["ok"]) == (1, False), err
+    assert told.keys() == documented("`nixvm deploy --dry-run`")
 
 
 @pytest.mark.parametrize(
