@@ -248,8 +248,9 @@ class Catalogue:
                 try:
                     build = self._build(name, freezable, boot_loader, generations)
                 except (EvaluationError, BuildError) as error:
-                    if not freezable:
-                        raise
+                    info = self.machine(name)
+                    if not freezable or (info is not None and info.image is not None):
+                        raise  # an image is the same build either way
                     # As it is, it may well be built; if not, that is what the user has to mend.
                     build = self.build(name, boot_loader=boot_loader, generations=generations)
                     self.unfreezable[name] = f"it can't be built without shares: {error}"

@@ -53,10 +53,7 @@ class Deployments(Catalogue):
             return super()._build(name, freezable, boot_loader, None)
         info = self.machine(name)
         if info is not None and info.image is not None:
-            raise NothingToTestError(
-                f"{name} is an image: a change to another generation is tested on "
-                f"{images.plain(name)} itself."
-            )
+            raise images.unchanging(name)
         secrets = self.more_secrets(name)
         carries = []
         for candidate in generations.candidates:
@@ -106,7 +103,8 @@ class Deployments(Catalogue):
         Raises `ChangeError` or `FlakeError`, but not where there is just nothing to test.
         """
         generations = self.generations()
-        if generations is not None:
+        info = self.machine(name)
+        if generations is not None and (info is None or info.image is None):
             with suppress(NothingToTestError):
                 self._base(generations.base, name)
 

@@ -94,17 +94,22 @@ class Selection(ABC):
         names = item_machines(item)
         if not names or self._problems or not (self.settings.machine or self.settings.changed):
             return True
+        # Not at the top: without --nixvm-flake nothing of it is needed.
+        from pytest_nixvm.flake.images import plain
+
         try:
             every = {name for name in names if self.fleet.machine(name) is not None}
             selected = {machine.name for machine in self.fleet.selected}
-            unchanged = self.fleet.unchanged
+            unchanged = set(self.fleet.unchanged)
         except UserError as error:
             self._problems.append(str(error))
             return True
         # A name that nobody knows is not left out: `check` says that it is wrong.
         if every.isdisjoint(names):
             return True
-        return selected.issuperset(names) and not set(unchanged).issuperset(names)
+        # An image is not selected unless it is named, and it changes with its machine.
+        by_name = not self.settings.machine or selected.issuperset(names)
+        return by_name and not all({name, plain(name)} & unchanged for name in names)
 
     def mistake(self, error: UserError) -> None:
         """Keep a mistake for `check`: raised while collecting it would end in a traceback."""

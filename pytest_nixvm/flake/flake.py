@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError, NothingToTestError
+from pytest_nixvm.errors import FlakeError, NotAVirtualMachineError
 from pytest_nixvm.flake import explain, images
 from pytest_nixvm.flake.build import MachineInfo, Secret, VmBuild
 from pytest_nixvm.flake.declared import Declared
@@ -120,7 +120,7 @@ class Flake(ImageBuilds):
         info = self._info(name)
         if info.image is not None:
             if carries:
-                raise _unchanging(info)
+                raise images.unchanging(info.name)
             return self._image_vm(info, freezable, secrets)
         variant = Variant(
             freezable, boot_loader, _toplevels(carries), tuple(secrets), switching=bool(carries)
@@ -145,7 +145,7 @@ class Flake(ImageBuilds):
         """
         info = self._info(name)
         if info.image is not None:
-            raise _unchanging(info)
+            raise images.unchanging(info.name)
         variant = Variant(freezable, boot_loader, (), tuple(secrets), switching)
         plan, _, _ = self._made(info, variant, "toplevel")
         if plan["toplevel"] is not None:
@@ -401,13 +401,6 @@ class Flake(ImageBuilds):
             network_options=network_options(plan["network"]),
             secrets=secrets_of(plan["secrets"]),
         )
-
-
-def _unchanging(info: MachineInfo) -> NothingToTestError:
-    return NothingToTestError(
-        f"{info.name} is an image: a change to another generation is tested on "
-        f"{images.plain(info.name)} itself."
-    )
 
 
 def _toplevels(carries: Sequence[Path]) -> tuple[Path, ...]:

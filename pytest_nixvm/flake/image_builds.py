@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from pytest_nixvm.flake.slirp import network_options
 from pytest_nixvm.flake.variant import Variant, overrides_of, secrets_of
 
 StartScript = Callable[[ImageMachine], str]
-"""Makes the program that starts a machine from its image; raises `UserError`."""
+"""Makes the program that starts a machine from its image; raises `UserError`.
+
+Where the image is None yet, it only looks for what it takes, and returns "".
+"""
 
 
 class ImageBuilds(ABC):
@@ -69,26 +73,29 @@ class ImageBuilds(ABC):
             raise TypeError("this Flake was made without `image_script`: it starts no images")
         wanted = FORMATS[str(info.image)].variant
         variant = ImageVariant(secrets=tuple(secrets), image=wanted, adapted=True)
-        plan, evaluated, built = self._made(info, variant)
+        # What is lacking here is told before the image is built, which takes minutes.
+        plan, evaluated = self._plan(info, variant.question(info.attribute), variant)
+        fetched = 0.0
         if plan["qemu"] is not None:  # the package that the machine's own VM has
-            _, _, fetched = self._made(info, variant, "qemu")
-            built += fetched
+            plan, _, fetched = self._made(info, variant, "qemu")
         hardware = plan["hardware"]
-        script = self._start_script(
-            ImageMachine(
-                name=info.name,
-                host=hardware["name"],
-                image=images.file_of(plan),
-                format=str(info.image),
-                memory=hardware["memory"],
-                cores=hardware["cores"],
-                disk_size=_size(hardware["diskSize"]),
-                graphics=hardware["graphics"],
-                efi=plan["efi"],
-                qemu=None if hardware["qemu"] is None else Path(hardware["qemu"]),
-                freezable=freezable,
-            )
+        machine = ImageMachine(
+            name=info.name,
+            host=hardware["name"],
+            image=None,
+            format=str(info.image),
+            memory=hardware["memory"],
+            cores=hardware["cores"],
+            disk_size=_size(hardware["diskSize"]),
+            graphics=hardware["graphics"],
+            efi=plan["efi"],
+            qemu=None if hardware["qemu"] is None else Path(hardware["qemu"]),
+            freezable=freezable,
         )
+        self._start_script(machine)
+        plan, again, built = self._made(info, variant)
+        evaluated, built = evaluated + again, built + fetched
+        script = self._start_script(replace(machine, image=images.file_of(plan)))
         return VmBuild(
             name=info.name,
             attribute=info.attribute,
@@ -111,6 +118,11 @@ class ImageBuilds(ABC):
 
     @abstractmethod
     def _ask(self, info: MachineInfo, what: str) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _plan(
+        self, info: MachineInfo, question: str, variant: Variant
+    ) -> tuple[dict[str, Any], float]: ...
 
     @abstractmethod
     def _made(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pytest_nixvm.errors import FlakeError
+from pytest_nixvm.errors import FlakeError, NothingToTestError
 from pytest_nixvm.flake.build import MachineInfo, Override
 from pytest_nixvm.flake.variant import Variant, as_json
 from pytest_nixvm.flake.words import listed, near, nix_list, nix_string, nix_value
@@ -21,22 +21,20 @@ from pytest_nixvm.flake.words import listed, near, nix_list, nix_string, nix_val
 
 @dataclass(frozen=True)
 class Format:
-    """A format: nixpkgs' name for it, and how the disk in it is attached to a machine."""
+    """A format: nixpkgs' name for it."""
 
     variant: str
-    disk: str  # what QEMU calls the format of the disk in it
     what: str
-    bus: str = "virtio"  # or sata, as in the machine that the image is for
 
 
 FORMATS: Mapping[str, Format] = {
-    "qcow2": Format("qemu", "qcow2", "disk for QEMU, libvirt, Proxmox; boots with a BIOS"),
-    "raw": Format("raw", "raw", "disk to be written to a drive as it is; boots with a BIOS"),
-    "iso": Format("iso", "raw", "medium that starts the system, with its root in memory"),
-    "ova": Format("virtualbox", "vmdk", "appliance for VirtualBox", "sata"),
-    "vmdk": Format("vmware", "vmdk", "disk for VMware; boots with EFI", "sata"),
-    "qcow2-efi": Format("qemu-efi", "qcow2", "disk for QEMU; boots with EFI"),
-    "raw-efi": Format("raw-efi", "raw", "disk to be written to a drive; boots with EFI"),
+    "qcow2": Format("qemu", "disk for QEMU, libvirt, Proxmox; boots with a BIOS"),
+    "raw": Format("raw", "disk to be written to a drive as it is; boots with a BIOS"),
+    "iso": Format("iso", "medium that starts the system, with its root in memory"),
+    "ova": Format("virtualbox", "appliance for VirtualBox"),
+    "vmdk": Format("vmware", "disk for VMware; boots with EFI"),
+    "qcow2-efi": Format("qemu-efi", "disk for QEMU; boots with EFI"),
+    "raw-efi": Format("raw-efi", "disk to be written to a drive; boots with EFI"),
 }
 
 # Names that they had, or have elsewhere, in small letters.
@@ -75,7 +73,7 @@ class ImageMachine:
 
     name: str  # dev-vm@qcow2
     host: str  # what it calls itself
-    image: Path
+    image: Path | None  # None: it is not built yet
     format: str
     memory: int | None
     cores: int | None
@@ -118,6 +116,13 @@ def split(name: str) -> tuple[str, str | None]:
 def plain(name: str) -> str:
     """Return the machine's name without a format."""
     return split(name)[0]
+
+
+def unchanging(name: str) -> NothingToTestError:
+    """Return the error for a change that is to be tested on an image."""
+    return NothingToTestError(
+        f"{name} is an image: a change to another generation is tested on {plain(name)} itself."
+    )
 
 
 def machine_of(info: MachineInfo, text: str) -> MachineInfo:

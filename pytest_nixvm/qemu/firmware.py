@@ -14,7 +14,8 @@ from typing import Any
 
 from pytest_nixvm.errors import MissingProgramError
 
-# As the specification has it, the most specific first.
+# As the specification has it, but for a user's own: of files with one name the first counts, and an
+# empty one stands for none.
 _PLACES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
 _ARCHITECTURE, _MACHINE = "x86_64", "pc-q35-*"
 # With these it would boot only what somebody has signed, or wants another machine.
@@ -35,9 +36,8 @@ def find_firmware(qemu: Path, name: str) -> Firmware:
     Raises `MissingProgramError` without one; `name` is who needs it.
     """
     own = qemu.resolve().parent.parent / "share" / "qemu"
-    for directory in dict.fromkeys((own / "firmware", *_PLACES)):
-        for found in _described(directory):
-            return found
+    for found in (*_described(own / "firmware"), *_described(*_PLACES)):
+        return found
     # QEMU's own build of it, where the descriptions were left out.
     ours = Firmware(own / "edk2-x86_64-code.fd", own / "edk2-i386-vars.fd")
     if ours.code.is_file() and ours.variables.is_file():
@@ -50,8 +50,11 @@ def find_firmware(qemu: Path, name: str) -> Firmware:
     )
 
 
-def _described(directory: Path) -> Iterator[Firmware]:
-    for file in sorted(directory.glob("*.json")):
+def _described(*directories: Path) -> Iterator[Firmware]:
+    files: dict[str, Path] = {}
+    for file in (file for directory in directories for file in directory.glob("*.json")):
+        files.setdefault(file.name, file)
+    for _, file in sorted(files.items()):
         try:
             found = _usable(json.loads(file.read_text()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

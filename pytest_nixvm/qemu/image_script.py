@@ -65,6 +65,7 @@ class Guest:
     format: str  # qcow2, iso, ova, …
     disk_format: str  # of the disk in it, as QEMU calls it
     bus: str  # virtio or sata
+    card: str  # of the network
     memory: int
     cores: int
     disk_size: int  # of the empty disk that a medium is given
@@ -85,8 +86,7 @@ def make(guest: Guest, qemu: Path) -> str:
         f"-smp {guest.cores}",
         "-device virtio-rng-pci",
         '-netdev user,id=user.0,"$QEMU_NET_OPTS"',
-        # What VirtualBox and VMware give a guest; every kernel has its driver.
-        f"-device {'e1000' if guest.bus == 'sata' else 'virtio-net-pci'},netdev=user.0",
+        f"-device {guest.card},netdev=user.0",
     ]
     if guest.firmware is not None:
         text += _VARIABLES.format(

@@ -82,6 +82,7 @@ def guest(image: Path, **more: object) -> Guest:
         "format": "qcow2",
         "disk_format": "qcow2",
         "bus": "virtio",
+        "card": "virtio-net-pci",
         "memory": 2048,
         "cores": 2,
         "disk_size": 64,
@@ -277,6 +278,20 @@ def test_qemu_s_own_firmware_comes_first(described: Path, tmp_path: Path) -> Non
     qemu.write_text("")
     own = describe(share / "firmware", "60-edk2")
     assert find_firmware(qemu, "dev-vm@vmdk").code == own
+
+
+def test_an_empty_description_hides_one_that_is_installed(
+    described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(described, "60-edk2")
+    mine = tmp_path / "etc"
+    mine.mkdir()
+    monkeypatch.setattr(firmware, "_PLACES", (mine, described))
+    qemu = tmp_path / "bin" / "qemu-system-x86_64"
+    assert find_firmware(qemu, "dev-vm@vmdk")
+    (mine / "60-edk2.json").touch()
+    with pytest.raises(MissingProgramError):
+        find_firmware(qemu, "dev-vm@vmdk")
 
 
 def test_no_firmware_is_one_message(described: Path) -> None:

@@ -15,7 +15,13 @@ from pytest_nixvm.catalogue import Catalogue
 from pytest_nixvm.cli import main
 from pytest_nixvm.cli.run import hold_image
 from pytest_nixvm.disks import KeptDisk
-from pytest_nixvm.errors import FlakeError, NothingToTestError, UserError
+from pytest_nixvm.errors import (
+    BuildError,
+    FlakeError,
+    MissingProgramError,
+    NothingToTestError,
+    UserError,
+)
 from pytest_nixvm.flake import image_builds
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.flake.images import ImageMachine
@@ -261,8 +267,19 @@ def test_a_medium_that_no_bios_boots_is_booted_with_efi(shop: Workshop, bios: bo
 
     path = write_machine(shop, medium(bios=bios))
     build = shop.flake(path, image_script=script).build("vm@iso")
-    assert [machine.efi for machine in machines] == [not bios]
-    assert machines[0].image == build.output / "iso/nixos.iso"
+    assert [machine.efi for machine in machines] == [not bios] * 2
+    assert [machine.image for machine in machines] == [None, build.output / "iso/nixos.iso"]
+
+
+def test_what_lacks_here_is_told_before_an_image_is_built(shop: Workshop) -> None:
+    def script(machine: ImageMachine) -> str:
+        raise MissingProgramError(f"{machine.name} boots with EFI")
+
+    seen = Seen()
+    flake = shop.flake(write_machine(shop, medium()), image_script=script, progress=seen)
+    with pytest.raises(MissingProgramError, match="vm@iso boots"):
+        flake.build("vm@iso")
+    assert not any(title.startswith("Building") for title in seen.titles)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +297,20 @@ def test_an_image_that_can_not_be_booted_is_not_built_for_that(
     with pytest.raises(FlakeError, match=message):
         shop.flake(path, progress=seen).build("vm@iso")
     assert not any(title.startswith("Building") for title in seen.titles)
+
+
+def test_an_image_that_can_not_be_built_is_tried_once(shop: Workshop) -> None:
+    tried = shop.tmp / "tried"
+    settings = medium().replace("mkdir -p", f"echo x >>{tried}; exit 1; mkdir -p")
+    catalogue = Catalogue(
+        Settings.make(
+            flake=str(write_machine(shop, settings)), cache=str(shop.cache), nix_option=OPTIONS
+        ),
+        output=shop.tmp / "output",
+    )
+    with pytest.raises(BuildError):
+        catalogue.build("vm@iso", freezable=True)
+    assert tried.read_text() == "x\n"
 
 
 def test_a_reference_names_an_image(shop: Workshop) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from _flake import needs_nix
-from _project import Project, host
+from _project import Project, host, said
 
 pytestmark = needs_nix
 
@@ -55,6 +55,23 @@ def test_a_machine_s_tests_run_on_the_image_that_was_selected(project: Project) 
         "test_any[web@iso]",
         "test_web[web@iso]",
     ]
+
+
+def test_an_image_changes_with_its_machine(project: Project) -> None:
+    assert "test_image[web@ova]" not in project.collected("--nixvm-changed=HEAD")
+    project.commit(host("web", "2"), host("db"))
+    assert sorted(project.collected("--nixvm-changed=HEAD~1")) == [
+        "test_any[web]",
+        "test_image[web@ova]",
+        "test_web[web]",
+    ]
+
+
+def test_a_change_of_an_image_is_no_mistake(project: Project) -> None:
+    project.write("def test_change(change): pass\n")
+    done = project.run("--nixvm-from=HEAD", flake="config#web@qcow2")
+    assert "no machine in common" not in said(done)
+    assert "web@qcow2 is an image: a change" in said(done)
 
 
 def test_a_reference_may_name_an_image(project: Project) -> None:

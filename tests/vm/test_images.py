@@ -79,7 +79,7 @@ def test_an_ova_boots_on_sata(boots: Fleet) -> None:
         assert "Hello, world!" in seen
         assert "/dev/sda1" in seen
         assert "10.0.2.15/24" in seen
-        assert "e1000" in vm.succeed("readlink /sys/class/net/e*/device/driver")
+        assert "virtio_net" in vm.succeed("readlink /sys/class/net/e*/device/driver")
         build = boots.build("small@ova")
         assert vm.succeed("readlink -f /run/current-system").strip() == str(build.toplevel)
 

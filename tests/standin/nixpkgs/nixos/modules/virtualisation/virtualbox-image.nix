@@ -37,7 +37,7 @@ let
           ${item 3 20 { Address = 0; ElementName = "SATA"; ResourceSubType = "AHCI"; }}
           ${item 4 17 { AddressOnParent = 0; ElementName = "disk1"; HostResource = "/disk/vmdisk1"; Parent = 3; }}
           ${item 5 10 {
-            AutomaticAllocation = "true"; Connection = "NAT"; ElementName = "Ethernet adapter"; ResourceSubType = "E1000";
+            AutomaticAllocation = "true"; Connection = "NAT"; ElementName = "Ethernet adapter"; ResourceSubType = "virtio";
           }}
         </VirtualHardwareSection>
       </VirtualSystem>
