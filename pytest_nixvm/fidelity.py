@@ -18,6 +18,7 @@ __all__ = ["NotTested", "fidelity", "lines", "text"]
 
 _WIDTH = 96
 _QEMU_VM = "nixpkgs replaces it in every VM build, `nixos-rebuild build-vm` too"
+_OF_AN_IMAGE = "nixpkgs makes the partitions of an image"
 _NO_HARDWARE = "QEMU's devices are virtual"
 _MOST = 6  # names in one line
 
@@ -109,8 +110,13 @@ def _image(build: VmBuild, real: Real) -> Iterator[NotTested]:
         yield NotTested(
             f"file systems {_names(mounts)} of an installed machine",
             f"those of the image ({build.image})",
-            "nixpkgs makes the partitions of an image",
+            _OF_AN_IMAGE,
         )
+    for what, names in (("encrypted disks (LUKS)", real.luks), ("ZFS pools", real.zfs)):
+        if names:
+            yield NotTested(f"{what} {_names(names)}", "not in the image", _OF_AN_IMAGE)
+    if real.disko:
+        yield NotTested("the partitions that disko makes", "not made", _OF_AN_IMAGE)
 
 
 def _boot(build: VmBuild, real: Real) -> Iterator[NotTested]:

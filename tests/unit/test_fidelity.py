@@ -95,6 +95,8 @@ def test_one_line_each() -> None:
 def test_an_image_has_disks_and_a_clock_of_its_own() -> None:
     said = text(fidelity(replace(BUILD, image="qcow2", boot_loader=True), LAPTOP))
     assert "file systems /, /boot of an installed machine: those of the image (qcow2)" in said
+    for word in ("encrypted disks (LUKS)", "disko makes"):
+        assert word in said
     assert "boot entries: the image's boot loader on a virtual disk" in said
     assert "it finds no server" in said
     for word in ("nothing is encrypted", "no swap", "QEMU loads kernel"):
