@@ -398,10 +398,21 @@ def test_a_folder_s_name_is_one_that_qemu_takes(value: Value, name: str, why: st
     assert why in said
 
 
-@pytest.mark.parametrize("path", ["/nix/store", "/tmp/shared", "/etc"])
+@pytest.mark.parametrize("path", ["/nix/store", "/nix/var", "/tmp/shared", "/etc"])
 def test_a_folder_hides_nothing_of_nixos(value: Value, path: str) -> None:
     module = f'{{ vm.sharedFolders.work = {{ hostPath = "/srv"; guestPath = "{path}"; }}; }}'
     assert f"vm.sharedFolders.work.guestPath: {path} is NixOS' own" in refused(value, module)
+
+
+def test_a_port_of_the_host_leads_to_one_place(value: Value) -> None:
+    def forwards(*more: str) -> str:
+        given = " ".join(f"{{ host = 8080; guest = 80; {each} }}" for each in more)
+        return f"{{ vm.networking.forwardPorts = [ {given} ]; }}"
+
+    said = refused(value, forwards("", ""))
+    assert "vm.networking.forwardPorts: tcp port 8080 of the host is forwarded twice" in said
+    apart = config(forwards("", 'protocol = "udp";'))
+    assert len(value(f"{apart}.vm.networking.forwardPorts")) == 2
 
 
 @pytest.mark.parametrize("mode", ["", "readOnly = true;"])

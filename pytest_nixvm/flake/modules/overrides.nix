@@ -11,6 +11,13 @@ let
   storeIsShared = config:
     any (share: elem share.target [ "/nix/.ro-store" "/nix/store" ])
       (attrValues (config.virtualisation.sharedDirectories or { }));
+
+  serialConsole = {
+    option = [ "boot" "kernelParams" ];
+    value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
+    merge = true;
+    reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";
+  };
 in
 {
   always = [
@@ -61,23 +68,12 @@ in
   ];
 
   # What qemu-vm.nix tells a kernel that QEMU loads itself, a boot loader has to be told otherwise.
-  bootLoader = [
-    {
-      option = [ "boot" "kernelParams" ];
-      value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
-      merge = true;
-      reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";
-    }
-  ];
+  bootLoader = [ serialConsole ];
 
   # In an image, whose boot loader hears nothing of QEMU's options either.
   image = [
-    {
-      option = [ "boot" "kernelParams" ];
+    (serialConsole // {
       only = config: !(any (text: match "console=tty(S|AMA)0.*" text != null) (config.boot.kernelParams or [ ]));
-      value = [ "console=ttyAMA0,115200n8" "console=ttyS0,115200n8" ];
-      merge = true;
-      reason = "so that its console can be read: a boot loader hears nothing of QEMU's options";
-    }
+    })
   ];
 }

@@ -77,7 +77,7 @@ in
 {
   inherit imagesOf;
 
-  # Images of the VMs (of machines with `vm.enable`), in the five formats for which one needs no EFI.
+  # Images of the VMs (of machines with `vm.enable`), in the usual formats of its platform.
   images = configurations: imagesBy usual (vmsOf configurations);
 
   # `nix run .#<machine>`: the VM, in a window if it has one. Its disk is <machine>.qcow2 in the

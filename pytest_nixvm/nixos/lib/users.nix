@@ -33,8 +33,6 @@ let
       user;
 in
 {
-  inherit checked;
-
   # Who uses a VM when nothing else is said. No password opens the account: `nixvm ssh` and the
   # tests bring a key. A password that everybody knows would be in every image, too.
   vmUser = {

@@ -13,13 +13,17 @@ let
   ];
   # What NixOS mounts there, or starts with, would be hidden.
   theirs = [
+    "/bin"
     "/boot"
     "/dev"
     "/etc"
+    "/lib"
+    "/lib64"
     "/nix"
     "/nix/.ro-store"
     "/nix/.rw-store"
     "/nix/store"
+    "/nix/var"
     "/proc"
     "/run"
     "/sys"
@@ -50,6 +54,17 @@ let
       else
         folder
     ) folders;
+
+  checkedForwards =
+    forwards:
+    let
+      places = map (each: "${each.protocol} port ${toString each.host}") forwards;
+      again = lib.filter (place: lib.count (other: other == place) places > 1) places;
+    in
+    if again == [ ] then
+      forwards
+    else
+      throw "vm.networking.forwardPorts: ${lib.head again} of the host is forwarded twice.";
 
   # Port 0 is none.
   port = types.ints.between 1 65535;
@@ -172,6 +187,7 @@ in
       forwardPorts = mkOption {
         type = types.listOf (types.submodule forward);
         default = [ ];
+        apply = checkedForwards;
         example = [
           {
             host = 8080;
