@@ -407,8 +407,8 @@ def test_a_message_in_the_middle_of_our_own_mark(io: IoThread, feed: Feed) -> No
 
 
 def test_what_takes_too_long_is_interrupted(logged_in: Guest) -> None:
-    with pytest.raises(CommandTimeoutError, match=r"within 0.3 s.*Control-C ended it") as caught:
-        logged_in.serial.run("echo begun; sleep 100", timeout=0.3)
+    with pytest.raises(CommandTimeoutError, match=r"within 2 s.*Control-C ended it") as caught:
+        logged_in.serial.run("echo begun; sleep 100", timeout=2)
     assert caught.value.stdout == "begun\n"
     assert logged_in.serial.run("echo well").stdout == "well\n"
 

@@ -213,10 +213,11 @@ def test_what_ends_soon_may_still_speak(machine: Guest) -> None:
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(shell: Shell) -> None:
+    shell.run("true")
     with pytest.raises(CommandTimeoutError, match="killed with all") as caught:
         shell.run(
             "echo $BASHPID; sleep 60 & echo $!; setsid sleep 60 & echo $!; echo e >&2; wait",
-            timeout=1,
+            timeout=2,
         )
     pids = [int(word) for word in caught.value.stdout.split()]
     assert len(pids) == 3
@@ -226,8 +227,9 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(shell: Shell)
 
 
 def test_all_that_was_written_is_in_the_timeout(shell: Shell) -> None:
+    shell.run("true")
     with pytest.raises(CommandTimeoutError) as caught:
-        shell.run("head -c 300000 /dev/zero | tr '\\0' x; exec sleep 60", timeout=1)
+        shell.run("head -c 300000 /dev/zero | tr '\\0' x; exec sleep 60", timeout=2)
     assert caught.value.stdout == "x" * 300000
 
 
@@ -260,11 +262,19 @@ def test_a_sink_that_takes_no_more_ends_the_command(shell: Shell) -> None:
 
 
 def test_what_a_person_interrupts_does_not_go_on(shell: Shell, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+
+    def interrupt() -> None:
+        until(lambda: pid.exists() and pid.read_text(), "the command", 30)
+        os.kill(os.getpid(), signal.SIGINT)
+
     shell.run("true")
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    person = threading.Thread(target=interrupt)
+    person.start()
     with pytest.raises(KeyboardInterrupt):
-        shell.run(f"echo $BASHPID >{tmp_path}/pid; exec sleep 60")
-    assert gone(int((tmp_path / "pid").read_text()))
+        shell.run(f"echo $BASHPID >{pid}; exec sleep 60")
+    person.join()
+    assert gone(int(pid.read_text()))
     assert shell.run("echo next").stdout == "next\n"
 
 
@@ -276,7 +286,7 @@ def test_a_fault_ends_what_runs_and_what_comes(shell: Shell) -> None:
         shell.run("exec sleep 60")
     with pytest.raises(GuestPanicError, match="panicked"):
         shell.run("true")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     shell.revive()
     assert shell.run("echo next").stdout == "next\n"
 
@@ -388,7 +398,7 @@ def test_a_clone_s_shell_can_be_told_to_end_what_it_runs(machine: Guest) -> None
     machine.shell.run("true")
     clone = machine.clone()
     with pytest.raises(CommandTimeoutError, match="killed with all") as caught:
-        clone.run("sleep 300 & echo $!; exec sleep 300", timeout=0.5)
+        clone.run("sleep 300 & echo $!; exec sleep 300", timeout=2)
     until(lambda: gone(int(caught.value.stdout)), "what it has started to end")
     assert clone.run("echo next").stdout == "next\n"
 

@@ -117,10 +117,11 @@ def test_a_program_that_is_not_there(ssh: Ssh) -> None:
 def test_what_takes_too_long_is_killed_with_its_children(
     ssh: Ssh, command: str | list[str]
 ) -> None:
+    ssh.run("true")
     start = time.monotonic()
-    with pytest.raises(CommandTimeoutError, match=r"within 0\.8 s.*It was killed") as caught:
-        ssh.run(command, timeout=0.8)
-    assert time.monotonic() - start < 10
+    with pytest.raises(CommandTimeoutError, match=r"within 2 s.*It was killed") as caught:
+        ssh.run(command, timeout=2)
+    assert time.monotonic() - start < 30
     assert caught.value.stdout == "begun\n"
     assert not alive("sleep 4711.1")
     assert ssh.run(["echo", "well"]).stdout == "well\n"
@@ -128,7 +129,7 @@ def test_what_takes_too_long_is_killed_with_its_children(
 
 def test_a_child_that_keeps_the_output_open_is_explained(ssh: Ssh) -> None:
     with pytest.raises(CommandTimeoutError, match=r"exit status 5, but something.*redirect"):
-        ssh.run("sleep 4711.2 & exit 5", timeout=0.5)
+        ssh.run("sleep 4711.2 & exit 5", timeout=2)
     assert not alive("sleep 4711.2")
 
 

@@ -113,10 +113,10 @@ def test_a_command_that_is_only_started(vm):
 
 
 def test_a_command_that_is_only_started_is_ended_in_time(vm):
-    vm.execute("echo $$ >/tmp/pid; sleep 300", check_output=False, timeout=1)
-    vm.wait_for_file("/tmp/pid")
+    vm.execute("echo $$ >/tmp/pid; sleep 300", check_output=False, timeout=5)
+    pid = vm.wait_until_succeeds("grep . /tmp/pid").strip()
 
-    vm.wait_until_fails("kill -0 $(cat /tmp/pid)", timeout=30)
+    vm.wait_until_fails(f"kill -0 {pid}", timeout=30)
 
 
 def test_a_panic_ends_a_wait(booted):

@@ -69,7 +69,7 @@ def test_input_that_nobody_reads(shell):
 def test_a_timeout_kills_what_the_command_has_started(shell, vm):
     daemon = shell.run("sleep 500 >/dev/null 2>&1 & echo $!").stdout.strip()
     with pytest.raises(CommandTimeoutError, match="killed with all") as caught:
-        shell.run("echo so far; tail -f /dev/null & setsid tail -f /dev/null; wait", timeout=2)
+        shell.run("echo so far; tail -f /dev/null & setsid tail -f /dev/null; wait", timeout=5)
     assert caught.value.stdout == "so far\n"
     assert processes(vm, "tail") == "0"
     assert shell.run(f"kill {daemon}").returncode == 0  # an earlier command's lives on

@@ -88,13 +88,14 @@ def test_a_unit_whose_memory_runs_out(vm, unit_file):
 
 
 def test_a_unit_on_its_way_is_waited_for(vm, unit_file):
-    slow = unit_file("slow.service", service("sleep 3"))
+    slow = unit_file("slow.service", service("until rm /run/go 2>/dev/null; do sleep 0.1; done"))
     assert vm.systemctl("start --no-block slow") == (0, "")
 
     with pytest.raises(WaitTimeoutError, match=r"(?s)slow.service to be active.*activating"):
         slow.wait_active(timeout=0.2)
     with pytest.raises(MachineError, match=r"(?s)is activating, and should be active.*slow"):
         vm.require_unit_state("slow")
+    vm.succeed("touch /run/go")
     vm.wait_for_unit("slow")
 
     vm.require_unit_state("slow")
