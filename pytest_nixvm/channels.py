@@ -65,8 +65,7 @@ class Channels:
         The session's key is taken out of it again. Raises as the channels do.
         """
         with self._lock:
-            for access in self._let_in:
-                remove_key(self.agent, access, self._keys().public_line)
+            self.forget_keys()
         self.hang_up()
         return {"shell": self.shell.remembered() if self.has_shell() else None}
 
@@ -137,7 +136,8 @@ class Channels:
                 if memo is not None:
                     memo["ssh", user] = found
                 install_key(self.agent, found, self._keys().public_line)
-                self._let_in.append(found)
+                if found not in self._let_in:
+                    self._let_in.append(found)
                 self._ssh[user] = Ssh(
                     agent=self.agent,
                     access=found,
@@ -147,6 +147,20 @@ class Channels:
                     watched=self.health.call,
                 )
             return self._ssh[user]
+
+    def forget_keys(self) -> None:
+        """Take the session's key out of the guest again, wherever it was put.
+
+        Where one can't be taken out, the others are all the same. Raises `MachineError` then.
+        """
+        trouble: MachineError | None = None
+        for access in self._let_in:  # somebody may be let in meanwhile
+            try:
+                remove_key(self.agent, access, self._keys().public_line)
+            except MachineError as error:
+                trouble = trouble or error
+        if trouble is not None:
+            raise trouble
 
     # --- commands ------------------------------------------------------------------------------
 

@@ -23,7 +23,13 @@ from pytest_nixvm import running, wishes
 from pytest_nixvm.catalogue import Catalogue
 from pytest_nixvm.control import Control
 from pytest_nixvm.disks import KeptDisk
-from pytest_nixvm.errors import GuestPanicError, MachineError, NixvmError, QemuError
+from pytest_nixvm.errors import (
+    GuestPanicError,
+    MachineError,
+    MachineGoneError,
+    NixvmError,
+    QemuError,
+)
 from pytest_nixvm.flake.build import VmBuild
 from pytest_nixvm.guest.console import Console
 from pytest_nixvm.qemu.accelerator import find_qemu
@@ -31,7 +37,6 @@ from pytest_nixvm.settings import MachineRequest, Settings
 from pytest_nixvm.workshop import LEAST_FREE, Workshop
 
 if TYPE_CHECKING:
-    from pytest_nixvm.guest.sshd import SshAccess
     from pytest_nixvm.machine import Machine
     from pytest_nixvm.qemu.monitor import Event
     from pytest_nixvm.qemu.running import Qemu
@@ -48,20 +53,15 @@ _LOOK = 10.0
 _PATIENCE = 5.0
 """Seconds that the agent of a guest has to show that it has not panicked, twice."""
 
+_CONSOLE = 10.0
+"""Seconds that somebody waits for the console of a VM that is being started."""
+
 _PANIC = "Kernel panic - not syncing"
 
 _MOUNT = """
 mkdir -p "$2" || exit
 if mountpoint -q "$2"; then exit 0; fi
 exec mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$3" "$1" "$2"
-"""
-
-# Keys of ours have no use once the VM is off: the private half is gone with it.
-_FORGET = """
-[ -w "$1" ] || exit 0
-rest=$(grep -v ' pytest-nixvm$' "$1") || [ $? = 1 ] || exit
-printf '%s' "${rest:+$rest
-}" >"$1"
 """
 
 
@@ -124,7 +124,6 @@ class Use:
         self._slept = _slept()
         self._read = 0  # how far the console was looked through
         self._ended = False
-        self._let_in: dict[str, SshAccess] = {}
 
     def __enter__(self) -> Use:
         return self
@@ -212,9 +211,9 @@ class Use:
         machine, qemu = self._machine, self._qemu
         if machine is None or qemu is None or not qemu.alive:
             return
+        # They have no use once the VM is off: the private half is gone with it.
         with contextlib.suppress(NixvmError):
-            for access in self._let_in.values():
-                self._in_guest(_FORGET, access.keys_file)
+            machine._opened().forget_keys()
         try:
             machine.agent.shutdown("powerdown")
         except NixvmError:
@@ -235,18 +234,22 @@ class Use:
         while True:
             machine, boots = self._booted(), self._boots
             try:
-                ssh = machine.ssh_as(user)
-                self._let_in[ssh.access.keys_file] = ssh.access
-                return shlex.split(ssh.command_line)
+                return shlex.split(machine.ssh_as(user).command_line)
             except NixvmError:
                 if self._boots == boots or self._ended:
                     raise  # else it was asked while it shut down for a reboot
 
     def serial_console(self) -> Console:
         """Return the serial console, during the boot as well."""
-        if self._machine is None or self._ended:
-            raise MachineError(f"{self.name} is not running.")
-        return self._machine.console
+        until = time.monotonic() + _CONSOLE
+        while self._machine is not None and not self._ended:
+            with contextlib.suppress(MachineGoneError):
+                return self._machine.console
+            # It is in the list a moment before QEMU runs.
+            if time.monotonic() > until:
+                raise MachineError(f"{self.name} is being started: try again in a moment.")
+            time.sleep(0.05)
+        raise MachineError(f"{self.name} is not running.")
 
     def _booted(self) -> Machine:
         self._ready.wait()

@@ -395,6 +395,17 @@ def test_a_key_that_was_the_only_one_leaves_an_empty_file(tmp_path: Path) -> Non
     assert not file.exists()
 
 
+def test_keys_of_earlier_runs_on_the_same_disk_go_as_well(tmp_path: Path) -> None:
+    vm = guest(tmp_path)
+    file = tmp_path / "keys"
+    file.write_text(
+        "ssh-ed25519 OLD pytest-nixvm\nssh-ed25519 A me\nssh-ed25519 B pytest-nixvm x\n"
+    )
+    found = SshAccess("root", 22, (), str(file), in_home=False)
+    remove_key(vm.agent, found, "ssh-ed25519 NEW pytest-nixvm")
+    assert file.read_text() == "ssh-ed25519 A me\nssh-ed25519 B pytest-nixvm x\n"
+
+
 def test_a_key_that_can_not_be_taken_out_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     vm = guest(tmp_path)
     file = tmp_path / "keys"

@@ -95,6 +95,7 @@ class Machine:
         self.spec = SimpleNamespace(console_log=tmp_path / "console.log")
         self.console = Console()
         self.reconnected = 0
+        self.forgotten = 0
         self.users = []
 
     def reconnect(self, timeout):
@@ -104,8 +105,14 @@ class Machine:
         self.users.append(user)
         if user == "nobody":
             raise MachineError("There is no SSH.")
-        access = SimpleNamespace(keys_file="/root/.ssh/authorized_keys")
-        return SimpleNamespace(access=access, command_line="ssh -p 22 root@127.0.0.1")
+        return SimpleNamespace(command_line="ssh -p 22 root@127.0.0.1")
+
+    def _opened(self):
+        return SimpleNamespace(forget_keys=self.forget_keys)
+
+    def forget_keys(self):
+        self.forgotten += 1
+        raise AgentError("one of them stays")
 
 
 @pytest.fixture
@@ -176,6 +183,29 @@ def test_last_words_of_a_vm_that_was_ended_are_no_error(use):
     use._machine = Ended(Path("/"), use._qemu)
     use._read_console()
     assert not use._suspect
+
+
+def test_console_that_is_asked_for_before_qemu_runs_is_waited_for(use, monkeypatch):
+    console, asked = use._machine.console, []
+
+    class Starting(Machine):
+        @property
+        def console(self):
+            asked.append(1)
+            if len(asked) < 3 or len(asked) > 4:
+                raise MachineGoneError("vm is not running; vm.start() starts it.")
+            return console
+
+        @console.setter
+        def console(self, value):
+            pass
+
+    use._machine = Starting(Path("/"), use._qemu)
+    assert use.serial_console() is console
+    monkeypatch.setattr(module, "_CONSOLE", 0.1)
+    assert use.serial_console() is console
+    with pytest.raises(MachineError, match="vm is being started: try again in a moment"):
+        use.serial_console()
 
 
 def test_panic_that_somebody_reads_in_the_journal_is_none(use):
@@ -273,7 +303,7 @@ def test_vm_that_has_ended_lets_nobody_in(use):
 def test_power_down_forgets_the_keys(use):
     use.log_in(None)
     use.power_down()
-    assert use._machine.agent.scripts == [["/root/.ssh/authorized_keys"]]
+    assert use._machine.forgotten == 1
     assert use._qemu.process.returncode == 0
     assert not use._qemu.pressed
 
