@@ -157,10 +157,11 @@ def test_an_evaluation_without_end_is_ended(shop: Workshop) -> None:
         "builtins.foldl' (sum: _: sum + count (depth - 1)) 0 numbers; in count 6"
     )
     flake = write(shop.tmp / "f", outputs(f"{{ config.system.build.vm = {loop}; }}"))
+    shop.flake(flake).machines()  # remembered, so not under that timeout
     seen = Seen()
     began = time.monotonic()
     message = refusal(shop, flake, evaluation_timeout=2, progress=seen)
-    assert 2 <= time.monotonic() - began < 10
+    assert 2 <= time.monotonic() - began < 30
     assert "nixosConfigurations.vm of" in message
     assert "did not end within 2 s" in message
     assert seen.ends[-1] == "failed"
@@ -404,8 +405,8 @@ def test_no_space_for_a_builder_may_be_the_disk_s_or_an_image_s(shop: Workshop, 
 
 def test_a_build_without_end_is_ended(shop: Workshop) -> None:
     body = machine("vm", shop.host, '{ test.build = "sleep 1000"; }')
-    message = refusal(shop, write_flake(shop.tmp / "f", body, tracked=False), build_timeout=2)
-    assert "did not end within 2 s" in message
+    message = refusal(shop, write_flake(shop.tmp / "f", body, tracked=False), build_timeout=5)
+    assert "did not end within 5 s" in message
     assert f"building nixos-system-{shop.host}" in message
 
 

@@ -7,11 +7,13 @@ tests run on real nixpkgs with `--nixvm-override-input nixpkgs github:NixOS/nixp
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -161,6 +163,20 @@ def settings_for(flake: str, arguments: list[str], **options: object) -> Setting
         name = arguments[at].removeprefix("--nixvm-").replace("-", "_")
         pairs.setdefault(name, []).append(arguments[at + 1 : at + 3])
     return Settings.make(**{"flake": flake, "memory": "1024", **pairs, **options})
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A TCP port of loopback for a VM to come, that the system gives nobody in the meantime."""
+
+    def find() -> int:
+        # Below those that it gives to who asks for any. Workers may have the same seed.
+        for port in random.SystemRandom().sample(range(10240, 32000), 100):
+            with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                return port
+        raise AssertionError("none of 100 ports is free")
+
+    return find
 
 
 @pytest.fixture

@@ -21,22 +21,17 @@ WITHIN = 300  # seconds for a build and a boot
 PROMPT = r"alice@desk:~\][$]"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 class Desk:
     """A flake's machine, and the commands with the places that they keep things in."""
 
-    def __init__(self, flake: Path, arguments: list[str], runtime: Path, tmp: Path):
+    def __init__(self, flake: Path, arguments: list[str], runtime: Path, tmp: Path, port: int):
         self.shared, self.state, self.runtime = tmp / "shared", tmp / "state", runtime
         self.shared.mkdir()
         self.shared.joinpath("from-host").write_text("of the host\n")
         self.flake = flake
         self.options = ["--flake", str(flake)]
         self.options += [word.replace("--nixvm-", "--") for word in arguments]
-        self.port = free_port()
+        self.port = port
         self.env = {
             **os.environ,
             "XDG_STATE_HOME": str(self.state),
@@ -126,10 +121,11 @@ def qemu_of(run: Run) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def desk(flake_copy, arguments_of, tmp_path_factory):
+def desk(flake_copy, arguments_of, tmp_path_factory, free_port):
     flake = flake_copy("run")
+    tmp = tmp_path_factory.mktemp("desk")
     with tempfile.TemporaryDirectory(prefix="run-") as runtime:  # short enough for sockets
-        yield Desk(flake, arguments_of(flake), Path(runtime), tmp_path_factory.mktemp("desk"))
+        yield Desk(flake, arguments_of(flake), Path(runtime), tmp, free_port())
 
 
 @pytest.fixture(scope="module")

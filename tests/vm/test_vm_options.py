@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class Booted(Host):
 
 
 @pytest.fixture(scope="module")
-def host(flake_copy, tmp_path_factory) -> Host:
+def host(flake_copy, free_port, tmp_path_factory) -> Host:
     here = tmp_path_factory.mktemp("host")
     key, work, music = here / "key", here / "our work", here / "music"
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "test", "-f", key]
@@ -45,9 +44,7 @@ def host(flake_copy, tmp_path_factory) -> Host:
     music.mkdir()
     (work / "from-host").write_text("hello guest\n")
     (music / "song").write_text("la la\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flake = flake_copy("vm_options")
     values = {
         "key": key.with_suffix(".pub").read_text().strip(),
