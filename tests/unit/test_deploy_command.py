@@ -13,6 +13,7 @@ from _deploy_host import SWITCH
 from _deploy_host import Host as FakeHost
 from _documented import documented
 from _flake import OPTIONS, Workshop, machine, needs_nix, write_flake
+from _guest import until
 
 from pytest_nixvm.cli import deploy, main
 from pytest_nixvm.errors import MachineError
@@ -248,6 +249,7 @@ def test_command_that_is_ended_leaves_the_old_system(begin, fake, number, status
     # Only the killed one can't ask the host to go back.
     timeout = "1" if number == signal.SIGKILL else "60"
     process = begin("--timeout", timeout, "--check", "sleep 3; false")
+    until(fake.state, "the deployment, after an evaluation and a build", timeout=60)
     fake.until(when)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
