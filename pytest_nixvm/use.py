@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -144,6 +145,18 @@ class Use:
         log = None if self._machine is None else self._machine.spec.console_log
         return log if log is not None and log.exists() else None
 
+    def check(self) -> None:
+        """Look whether there can be a window if one was wished for. Raises `SettingsError`.
+
+        `start` does so as well; this is for whoever has something to do before that.
+        """
+        _ = self._screen
+
+    @cached_property
+    def _screen(self) -> wishes.Screen:
+        qemu = find_qemu(self._build.start_script)
+        return wishes.screen(qemu, self._wanted.window, self._script)
+
     # --- from power-on to power-off --------------------------------------------------------------
 
     def start(self) -> None:
@@ -151,8 +164,7 @@ class Use:
 
         Raises `SettingsError` where what was wished for can't be had, else as `Machine.start`.
         """
-        wanted = self._wanted
-        screen = wishes.screen(find_qemu(self._build.start_script), wanted.window, self._script)
+        wanted, screen = self._wanted, self._screen
         self.window = screen.window
         if screen.note:
             self._say(screen.note)

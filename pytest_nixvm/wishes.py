@@ -1,6 +1,6 @@
 """What a person wants of a VM to use: forwarded ports, shared directories, a window.
 
-Everything is checked before anything is built.
+All is checked before anything is built, but for QEMU's windows: its QEMU comes with what is built.
 """
 
 from __future__ import annotations
@@ -102,6 +102,12 @@ def check_free(wanted: Sequence[Forward]) -> None:
             )
 
 
+def check_display(window: bool | None) -> None:
+    """Look whether there is a desktop for a window that was asked for. Raises `SettingsError`."""
+    if window and (why := _no_display()):
+        raise _no_window(why)
+
+
 def shares(texts: Sequence[str]) -> tuple[Share, ...]:
     """Read the shared directories. Raises `SettingsError`."""
     found = tuple(Share.parse(text) for text in texts)
@@ -153,19 +159,27 @@ def screen(qemu: Path, window: bool | None, script: str) -> Screen:
     headless = re.search(r"(?<=\s)-nographic(?=\s)", script) is not None
     if window is False or (window is None and headless):
         return Screen(False)
-    why = "" if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") else _NO_DISPLAY
+    why = _no_display()
     kind = None if why else _window_of(qemu)
     if kind is None:
         why = why or f"{qemu} can't open one: it was built without {' and '.join(_WINDOWS)}"
         if window:
-            raise SettingsError(f"--window: {why}. --headless does without.")
+            raise _no_window(why)
         return Screen(False, note=f"No window: {why}.")
     # The script's -nographic takes more than the window away.
     more = ("-machine", "graphics=on") if headless else ()
     return Screen(True, ("-display", kind, *more))
 
 
-_NO_DISPLAY = "neither DISPLAY nor WAYLAND_DISPLAY is set, so there is no desktop to show one on"
+def _no_display() -> str:
+    """Say why no window can be shown; "" if one can."""
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return ""
+    return "neither DISPLAY nor WAYLAND_DISPLAY is set, so there is no desktop to show one on"
+
+
+def _no_window(why: str) -> SettingsError:
+    return SettingsError(f"--window: {why}. --headless does without.")
 
 
 def _window_of(qemu: Path) -> str | None:

@@ -78,6 +78,7 @@ def command(
     notes = _Notes()
     with KeptDisk(info.name, f"{flake}#{info.attribute}", fresh=fresh) as disk:
         wishes.check_free(wanted.forwards)
+        wishes.check_display(window)
         build = context.catalogue.build(info.name)
         below = backing_file(disk.path)
         if build.image and below and not fresh and not below.is_relative_to(build.output):
@@ -85,8 +86,6 @@ def command(
                 f"{info.name}'s disk was made of an older image: the system on it is that one's. "
                 "--fresh begins anew, with the image as it is now."
             )
-        if build.image:
-            hold_image(disk, build, context.catalogue.nix, fresh=fresh)
         use = Use(
             build,
             disk,
@@ -96,6 +95,9 @@ def command(
             catalogue=context.catalogue,
             say=notes.add,
         )
+        use.check()  # before the old disk is left without its image
+        if build.image:
+            hold_image(disk, build, context.catalogue.nix, fresh=fresh)
         with _signals() as ignore, use:
             try:
                 _start(use)

@@ -9,12 +9,14 @@ import signal
 import socket
 import termios
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from _flake import OPTIONS, machine, needs_nix, write_flake
 
 from pytest_nixvm import running, wishes
+from pytest_nixvm.catalogue import Catalogue
 from pytest_nixvm.cli import console as console_command
 from pytest_nixvm.cli import main
 from pytest_nixvm.cli import run as run_command
@@ -229,6 +231,29 @@ def test_machine_that_is_run_already_is_said_before_it_is_built(run, tmp_path):
     assert (status, out) == (2, "")
     assert "is in use by another process" in err
     assert "Building" not in err
+
+
+@needs_nix
+def test_window_without_a_desktop_is_said_before_it_is_built(run, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    status, out, err = run("dev-vm", "--window")
+    assert (status, out) == (2, "")
+    assert "--window: neither DISPLAY nor WAYLAND_DISPLAY" in err
+    assert "Building" not in err
+
+
+@needs_nix
+def test_window_that_qemu_has_not_leaves_the_old_disk_its_image(run, monkeypatch):
+    held = []
+    build = Catalogue.build
+    monkeypatch.setattr(Catalogue, "build", lambda *of: replace(build(*of), image="qcow2"))
+    monkeypatch.setattr(run_command, "hold_image", lambda *_, **__: held.append(1))
+    monkeypatch.setattr("pytest_nixvm.use.find_qemu", lambda _: Path("/nowhere/qemu"))
+    monkeypatch.setenv("DISPLAY", ":0")
+    status, out, err = run("dev-vm", "--window", "--fresh")
+    assert (status, out, held) == (2, "", []), err
+    assert "was built without gtk and sdl" in err
 
 
 @needs_nix
