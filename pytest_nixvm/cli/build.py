@@ -16,6 +16,7 @@ from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json
 from pytest_nixvm.errors import FlakeError, SettingsError
 from pytest_nixvm.flake.build import MachineInfo, Override
+from pytest_nixvm.flake.images import known_as, split
 from pytest_nixvm.flake.nix import NixFailure
 
 _LINK_TIMEOUT = 600.0  # seconds
@@ -78,10 +79,31 @@ def command(
     if toplevel:
         make: Make = _real
     elif image_format is not None:
-        make = partial(make_image, image_format=image_format)
+        names, found = one_format(context, names, image_format)
+        make = partial(make_image, image_format=found or image_format)
     else:
         make = _vm
     deliver(context, names, make, out_link=out_link, as_json=as_json)
+
+
+def one_format(
+    context: Context, names: Sequence[str], image_format: str | None
+) -> tuple[list[str], str | None]:
+    """Return the names of machines, and the one format of which their images are to be.
+
+    It is given apart, or by a name such as dev-vm@ova; None if nobody names one. It need be none
+    that could be booted. Raises `click.UsageError` for several.
+    """
+    apart = [_apart(context, name) for name in names]
+    given = {known_as(text) for text in (image_format, *(form for _, form in apart)) if text}
+    if len(given) > 1:
+        raise click.UsageError("That is more than one format: build them one after the other.")
+    return [name for name, _ in apart], given.pop() if given else None
+
+
+def _apart(context: Context, name: str) -> tuple[str, str | None]:
+    machine = next((each for each in context.catalogue.every_machine if each.name == name), None)
+    return split(name) if machine is None else (name, machine.image)
 
 
 def deliver(

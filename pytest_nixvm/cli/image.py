@@ -10,11 +10,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from pytest_nixvm.cli import HelpfulGroup
-from pytest_nixvm.cli.build import deliver, make_image, with_delivery, with_names
+from pytest_nixvm.cli.build import deliver, make_image, one_format, with_delivery, with_names
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_machines
 from pytest_nixvm.cli.texts import emit_json, table
-from pytest_nixvm.flake.images import FORMATS, known_as, split
+from pytest_nixvm.flake.images import FORMATS
 
 _DEFAULT = "qcow2"
 
@@ -62,18 +62,9 @@ def build(
 
     They are what the configuration says and nothing else. NAME may have the format: dev-vm@ova.
     """
-    apart = [_apart(context, name) for name in names]
-    given = {known_as(text) for text in (image_format, *(form for _, form in apart)) if text}
-    if len(given) > 1:
-        raise click.UsageError("That is more than one format: build them one after the other.")
-    make = partial(make_image, image_format=(given or {_DEFAULT}).pop())
-    deliver(context, [name for name, _ in apart], make, out_link=out_link, as_json=as_json)
-
-
-def _apart(context: Context, name: str) -> tuple[str, str | None]:
-    """Return a machine's name and its format, which need be none that could be booted."""
-    machine = next((each for each in context.catalogue.every_machine if each.name == name), None)
-    return split(name) if machine is None else (name, machine.image)
+    names, found = one_format(context, names, image_format)
+    make = partial(make_image, image_format=found or _DEFAULT)
+    deliver(context, names, make, out_link=out_link, as_json=as_json)
 
 
 @command.command()

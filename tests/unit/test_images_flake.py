@@ -451,3 +451,13 @@ def test_mistakes_are_one_message(nixvm: Command, words: list[str], message: str
     assert (status, out) == (2, "")
     (said,) = [line for line in err.splitlines() if not line.startswith(("nixvm: ✓", "nixvm: Ev"))]
     assert message in said
+
+
+def test_a_name_with_a_format_and_another_format_are_a_mistake_for_build_too(
+    nixvm: Command,
+) -> None:
+    status, out, err = nixvm("build", "vm@ova", "--image", "qcow2")
+    assert (status, out) == (2, "")
+    assert "more than one format" in err
+    out = nixvm("build", "vm@ova", "--image", "virtualbox")[1]
+    assert out == nixvm("build", "vm", "--image", "ova")[1]
