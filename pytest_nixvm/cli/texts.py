@@ -69,6 +69,7 @@ def in_words_of_ours(text: str) -> str:
     text = text.replace(
         "--nixvm-cache and --nixvm-output name other places", "--cache names another"
     )
+    text = text.replace(" --nixvm-boot-timeout sets that time.", "")  # nor one to set it
     lines = text.split("\n")
     return "\n".join(line if "pytest " in line else _PYTEST_S.sub("--", line) for line in lines)
 

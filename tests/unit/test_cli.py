@@ -158,6 +158,8 @@ def test_errors_name_the_options_as_the_command_has_them(tmp_path, capsys):
     untested = "Test it: pytest --nixvm-flake=. --nixvm-machine=web"
     unwritable = "Can't write to x. --nixvm-cache and --nixvm-output name other places."
     assert in_words_of_ours(unwritable) == "Can't write to x. --cache names another."
+    slow = "dev-vm was not ready after 9 s: before it. --nixvm-boot-timeout sets that time.\nSeen:"
+    assert in_words_of_ours(slow) == "dev-vm was not ready after 9 s: before it.\nSeen:"
     assert in_words_of_ours(f"Or --nixvm-cache=DIR.\n{untested}") == f"Or --cache=DIR.\n{untested}"
 
 
