@@ -22,6 +22,7 @@ from pytest_nixvm.flake.nix import Nix
 
 _GIB = 2**30
 _REACHABLE = 5.0  # seconds
+_NO_STORE = ("--store", "dummy://")  # whether the daemon answers is another question
 _FLAKES = ("--extra-experimental-features", "nix-command flakes")
 
 
@@ -53,10 +54,10 @@ def settings_of(nix: Nix) -> dict[str, str]:
 def features(nix: Nix) -> Finding:
     """Look whether `nix build .#x` works by hand; we ask for flakes ourselves."""
     lacking = set()
-    said = said_by([str(nix.program), "eval", "--expr", "1"])
+    said = said_by([str(nix.program), "eval", *_NO_STORE, "--expr", "1"])
     if "1" not in said.splitlines():
         lacking.add("nix-command")
-    only = ["--extra-experimental-features", "nix-command", "eval", "--expr"]
+    only = ["--extra-experimental-features", "nix-command", "eval", *_NO_STORE, "--expr"]
     said = said_by([str(nix.program), *only, "builtins ? getFlake"])
     if "true" not in said.splitlines():
         lacking.add("flakes")
@@ -166,7 +167,9 @@ def substituters(settings: dict[str, str], *, offline: bool) -> list[Finding]:
         return [Finding("binary cache", "ok", "not asked (--offline)")]
     if settings.get("substitute", "true") == "false":
         return [Finding("binary cache", "ok", "nix is told to fetch nothing")]
-    urls = [url for url in settings.get("substituters", "").split() if url.startswith("http")]
+    if "substituters" not in settings:
+        return [Finding("binary cache", "ok", "not asked: nix does not say which it has")]
+    urls = settings["substituters"].split()
     if not urls:
         return [
             Finding(
@@ -186,8 +189,9 @@ def substituters(settings: dict[str, str], *, offline: bool) -> list[Finding]:
 
 def _substituter(url: str) -> Finding:
     parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        return Finding("binary cache", "ok", f"{_shown(url)} is not asked: only http is")
     try:
-        # Nothing but http(s) gets here, see above.
         address = parts._replace(
             netloc=parts.netloc.rpartition("@")[2],
             path=parts.path.rstrip("/") + "/nix-cache-info",

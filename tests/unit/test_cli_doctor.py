@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from _documented import documented
@@ -186,11 +187,17 @@ def test_binary_caches_are_asked():
         urls = f"http://{base}/good http://me:secret@{base}/bad http://127.0.0.1:1 file:///x"
         found = doctor_nix.substituters({"substituters": urls}, offline=False)
         server.shutdown()
-    assert [each.state for each in found] == ["ok", "warn", "warn"]
+    assert [each.state for each in found] == ["ok", "warn", "warn", "ok"]
     assert "it answers 503" in found[1].seen
     assert "secret" not in found[1].seen
     assert "Connection refused" in found[2].seen
 
+    assert "file:///x is not asked" in found[3].seen
+
+    [unsaid] = doctor_nix.substituters({}, offline=False)
+    assert (unsaid.state, "not asked" in unsaid.seen) == ("ok", True)
+    [store] = doctor_nix.substituters({"substituters": "s3://mine?region=eu"}, offline=False)
+    assert (store.state, "s3://mine is not asked" in store.seen) == ("ok", True)
     [none] = doctor_nix.substituters({"substituters": ""}, offline=False)
     assert none.state == "warn"
     [offline] = doctor_nix.substituters({"substituters": urls}, offline=True)
@@ -232,6 +239,18 @@ def test_kvm_is_mended_by_what_is_wrong_with_it(tmp_path, monkeypatch, reason, f
     if loaded:
         (tmp_path / "kvm_amd").mkdir()
     assert any(mend in what for _, what in doctor._mend_kvm(reason))
+
+
+@needs_nix
+def test_a_daemon_that_does_not_answer_is_no_missing_feature(tmp_path, monkeypatch):
+    monkeypatch.setenv("NIX_REMOTE", "daemon")
+    monkeypatch.setenv("NIX_DAEMON_SOCKET_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("NIX_CONFIG", "experimental-features = nix-command flakes")
+    nix = SimpleNamespace(program="nix")
+    assert doctor_nix.features(nix).state == "ok"
+    assert doctor_nix.store(nix).state == "fail"
+    monkeypatch.setenv("NIX_CONFIG", "experimental-features = nix-command")
+    assert doctor_nix.features(nix).seen == "flakes not on"
 
 
 def test_a_daemon_that_may_not_be_asked_and_one_that_is_none():
