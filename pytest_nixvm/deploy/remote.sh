@@ -54,7 +54,6 @@ busy() {
 
 preflight() {
   local link
-  echo "host=$(uname -n)"
   echo "machine=$(uname -m)"
   if [ -e "$root/etc/NIXOS" ] || grep -Eqsx 'ID="?nixos"?' "$root/etc/os-release"; then
     [ ! -x "$current/bin/switch-to-configuration" ] || echo nixos=yes
@@ -69,7 +68,6 @@ preflight() {
   link=${link#system-}
   echo "generation=${link%-link}"
   echo "space=$(df -Pk -- "$root/nix/store" | { read -r _; read -r _ _ _ free _; echo "$free"; })"
-  failed_units | while read -r name; do echo "failed=$name"; done
 }
 
 root_for() { # PATH: safe from garbage collection before it has arrived, and while it is tried
@@ -155,20 +153,19 @@ back() { # REASON
   case $(systemctl is-system-running 2> /dev/null) in
     stopping) finish rolled-back "the host is shutting down, and boots the old generation"; return ;;
   esac
-  end=$(($(uptime) + 600))
-  while :; do
+  end=$(($(uptime) + 500))
+  while :; do # with all its tries within TimeoutStopSec=, which is no time to be killed at
     if overtaken; then finish overtaken "the host was switched to $(running) meanwhile"; return; fi
     if [ "$(running)" = "$old" ] && [ -e "$place/untouched" ]; then status=0; break; fi
     apply "$old" test 600
     status=$?
     case $status in
-      0 | 4) break ;;
+      0 | 4 | 124) break ;; # one that hung would hang again
       11) (($(uptime) < end)) || break ;; # another switch has the lock
-      *) ((++try < 3)) || break ;;
+      *) ((++try < 3 && $(uptime) < end)) || break ;;
     esac
     sleep 2
   done
-  put back-status "$status"
   if [ "$(running)" = "$old" ] && [[ $status == [04] ]]; then
     finish rolled-back "$1"
   else
@@ -182,8 +179,8 @@ commit() { # NEW
   nix-env -p "$profile" --set "$1" >> "$place/output" 2>&1 || { back "nix-env --set failed"; return 1; }
   apply "$1" boot 600 || { back "the boot loader could not be installed"; return 1; }
   [ ! -e "$place/abort" ] || say "asked to go back when it was confirmed already"
+  finish committed "$1" # first: who finds `committing` and no end goes back, boot default and all
   rm -f -- "$place/committing"
-  finish committed "$1"
 }
 
 run() { # MODE NEW SECONDS-TO-ACTIVATE SECONDS-TO-CONFIRM
@@ -203,7 +200,6 @@ run() { # MODE NEW SECONDS-TO-ACTIVATE SECONDS-TO-CONFIRM
   put state activating
   apply "$new" test "$3"
   status=$?
-  put status "$status"
   cat "$place/output" # the journal has it as well
   case $status in
     0) ;;
@@ -254,7 +250,7 @@ stopped() { # by systemd, when `run` has ended, however that was
 status() {
   local name value units
   if busy; then echo busy=yes; fi # before the state: an end that is seen is one
-  for name in id state reason status old new loader back-status; do
+  for name in id state reason loader; do
     value=$(get "$name")
     echo "$name=${value//$'\n'/ }"
   done
