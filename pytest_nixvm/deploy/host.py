@@ -28,6 +28,10 @@ _CALL_TIMEOUT = 60.0
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+class NoEndError(SshError):
+    """What was run on the host did not end in time."""
+
+
 class DeployError(MachineError):
     """The host could not be deployed to, or is not fit for it; the text says what runs there."""
 
@@ -81,7 +85,7 @@ class Facts:
     """What the host says of itself."""
 
     values: Mapping[str, str]
-    failed: tuple[str, ...]  # units, after a start those that had not failed before
+    failed: tuple[str, ...]  # units that had not failed before the start
 
     @classmethod
     def parse(cls, text: str) -> Facts:
@@ -143,7 +147,8 @@ class Host:
         """Run a shell command on the host; `timeout` in seconds.
 
         Raises:
-            SshError: no connection, or no end in time.
+            NoEndError: no end in time.
+            SshError: no connection.
         """
         argv = [
             self._program,
@@ -168,13 +173,21 @@ class Host:
                 env={**os.environ, "LC_ALL": "C.UTF-8"},
             )
         except subprocess.TimeoutExpired:
-            raise SshError(f"{self.target} did not answer within {timeout:g} s.") from None
+            raise NoEndError(f"{self.target} did not answer within {timeout:g} s.") from None
         if ended.returncode == _SSH_FAILED:
             said = ended.stderr.strip() or "ssh does not say why"
             if "Host key verification failed" in said:
                 said += f"\nLog in once by hand, so that it is known: ssh {self.target}"
             raise SshError(f"No connection to {self.target}: {said}")
         return ended
+
+    def check(self, command: str, *, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Run a user's command, whatever its end. Raises as `ssh` does.
+
+        255 is ssh's own exit status: where the command ends with it, that is told as 254.
+        """
+        kept = f"bash -c {shlex.quote(command)}; s=$?; [ $s != {_SSH_FAILED} ] || s=254; exit $s"
+        return self.ssh(f"bash -c {shlex.quote(kept)}", timeout=timeout)
 
     def upload(self) -> None:
         """Put remote.sh on the host. Raises `SshError`, `DeployError`."""

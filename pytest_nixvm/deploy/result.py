@@ -14,7 +14,8 @@ class Result:
     """What became of it.
 
     `outcome` is overtaken where somebody else has switched the host meanwhile, unknown where the
-    host can't be reached any more. `bad_loader`: what it boots could not be put back.
+    host can't be reached any more. `bad_loader`: what it boots could not be put back. `booted`:
+    what a host runs that was restarted meanwhile, if it is neither `old` nor `new`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Result:
     interrupted: bool = False
     boot: bool = False
     bad_loader: bool = False
+    booted: str = ""
 
     @property
     def ok(self) -> bool:
@@ -38,7 +40,9 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        return {**asdict(self), "ok": self.ok}
+        data = {**asdict(self), "ok": self.ok}
+        del data["booted"]  # for the text only
+        return data
 
 
 def told(result: Result) -> str:
@@ -68,7 +72,8 @@ def told(result: Result) -> str:
         if not result.bad_loader:
             text += " Its boot default is the old generation: reboot it."
     else:
-        text += f"\nIt runs {result.old}, as before."
+        runs = f"{result.booted}, its boot default" if result.booted else f"{result.old}, as before"
+        text += f"\nIt runs {runs}."
     if result.bad_loader:
         text += (
             "\nWhat it boots could not be put back: mend that before a reboot. "

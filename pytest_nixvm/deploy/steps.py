@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_nixvm.deploy.host import DeployError, Facts, Host
+from pytest_nixvm.deploy.host import DeployError, Facts, Host, NoEndError
 from pytest_nixvm.deploy.result import NOBODY, Result
 from pytest_nixvm.errors import SshError
 from pytest_nixvm.progress import Progress
@@ -22,7 +22,7 @@ MARGIN = 15.0
 """Seconds that the host waits longer than we look: a confirmation must not come too late."""
 
 _ENDED = ("committed", "rolled-back", "rollback-failed", "overtaken")
-_BACK = 660.0  # seconds that going back may take: as remote.sh has it, and a little
+_BACK = 1230.0  # seconds that going back may take: remote.sh's boot and test, and a little
 _UNIT_GRACE = 10.0  # seconds for a unit that has failed to be started again by systemd
 _CALM = 5.0  # seconds that it has to be well: much of what fails does so just after its start
 _GONE_GRACE = 20.0  # seconds for the unit on the host to be there, or to say how it ended
@@ -53,7 +53,9 @@ class _Over(Exception):
 class Deploy:
     """One deploy to one host.
 
-    Deploy(host, plan, progress).run(copy)      # copy: what puts the system into the host's store
+    Deploy(host, plan, progress).run(host.facts("preflight"), copy)
+
+    `copy` puts the system into the host's store.
 
     `pause` is the time between two looks at the host, in seconds.
     """
@@ -79,8 +81,7 @@ class Deploy:
             self._host.call("root_for", plan.toplevel)
             copy()
         except BaseException:
-            with contextlib.suppress(SshError, DeployError):
-                self._host.call("release", timeout=10)
+            self._release()
             raise
         try:
             return self._switch()
@@ -136,9 +137,13 @@ class Deploy:
         except SshError as error:  # it may be under way all the same
             raise _Unwell(str(error)) from None
         except DeployError:
-            with contextlib.suppress(SshError, DeployError):
-                self._host.call("release", timeout=10)
+            self._release()
             raise
+
+    def _release(self) -> None:
+        """Drop the roots that keep both systems, unless somebody is at work on the host."""
+        with contextlib.suppress(SshError, DeployError):
+            self._host.call("release", timeout=10)
 
     def _activated(self) -> None:
         """Wait for the end of the activation, which may well cut the network for a while."""
@@ -173,7 +178,7 @@ class Deploy:
                     raise _Unwell(why)
             elif calm is None:
                 calm = Deadline(min(_CALM, self._plan.timeout / 2))
-            if calm is not None and (calm.expired or deadline.expired):
+            if calm is not None and calm.expired:
                 return
             time.sleep(self._pause)
 
@@ -187,7 +192,10 @@ class Deploy:
             if facts.failed:
                 return f"units failed: {', '.join(facts.failed)}"
             for command in checks:
-                ended = self._host.ssh(command, timeout=_CHECK_TIMEOUT)
+                try:
+                    ended = self._host.check(command, timeout=_CHECK_TIMEOUT)
+                except NoEndError:
+                    return f"the check {command!r} did not end within {_CHECK_TIMEOUT:g} s"
                 if ended.returncode != 0:
                     said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
                     tail = f": {said[-1]}" if said else ""
@@ -258,6 +266,8 @@ class Deploy:
             else:
                 outcome = None if facts["busy"] else self._outcome(facts)
                 if outcome is not None:
+                    if not facts["state"]:  # so its unit did not do that
+                        self._release()
                     return self._result(outcome, facts, reason, interrupted=interrupted)
                 if facts["busy"]:
                     gone = None
@@ -284,7 +294,11 @@ class Deploy:
     def _result(
         self, outcome: Any, facts: Facts, reason: str = "", *, interrupted: bool = False
     ) -> Result:
-        output = ""
+        output = booted = ""
+        if outcome == "rolled-back" and not facts["state"]:
+            reason = reason or "it was restarted"
+            if facts["current"] != self._before["current"]:
+                booted = facts["current"]
         if outcome in ("rolled-back", "rollback-failed") and facts["state"]:
             with contextlib.suppress(SshError, DeployError):
                 output = self._host.call("output")
@@ -300,4 +314,5 @@ class Deploy:
             interrupted,
             self._plan.boot,
             facts["loader"] == "bad",
+            booted,
         )

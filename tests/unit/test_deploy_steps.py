@@ -101,7 +101,7 @@ def test_host_whose_key_is_not_known_is_told_how_it_gets_known(host, fake):
 
 
 def test_host_that_does_not_come_back_goes_back(host, fake, monkeypatch):
-    monkeypatch.setattr("pytest_nixvm.deploy.steps.MARGIN", 2.0)
+    monkeypatch.setattr("pytest_nixvm.deploy.steps.MARGIN", 10.0)
     fake.behave("new.test", 'touch "$R/unreachable"')
     fake.behave("old.test", 'rm "$R/unreachable"')
     result = deploy(host, fake, timeout=1.0)
@@ -120,23 +120,43 @@ def test_check_that_fails_to_the_end_sends_it_back(host, fake, command, reason):
     assert fake.runs() == ("old", "old", "old")
 
 
-def test_check_may_need_a_moment(host, fake):
+def test_check_may_end_as_ssh_itself_does(host, fake):
+    result = deploy(host, fake, timeout=1.0, checks=('echo "it\'s no" >&2; exit 255',))
+    assert result.reason.endswith("ended with 254: it's no")
+
+
+def test_check_that_hangs_is_told_as_that(host, fake, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.deploy.steps._CHECK_TIMEOUT", 0.5)
+    result = deploy(host, fake, timeout=1.0, checks=("sleep 5",))
+    assert result.reason == "the check 'sleep 5' did not end within 0.5 s"
+
+
+def test_check_may_need_a_moment(host, fake, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.deploy.steps._CALM", 0.2)
     command = f"test -e {fake.root}/ready || {{ touch {fake.root}/ready; exit 1; }}"
-    assert deploy(host, fake, checks=(command,)).ok
+    assert deploy(host, fake, timeout=30.0, checks=(command,)).ok
 
 
-def test_unit_that_fails_later_sends_it_back(host, fake):
+def test_unit_that_fails_later_sends_it_back(host, fake, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.deploy.steps._UNIT_GRACE", 0.0)
     fake.behave("failed", "a.service\n")
-    fake.behave("new.test", '(sleep 0.3; printf "%s\\n" a.service b.service > "$R/failed") &')
-    result = deploy(host, fake, timeout=2.0, checks=("sleep 0.5; exit 1",))
+    command = f"printf '%s\\n' a.service b.service > {fake.root}/failed; exit 1"
+    result = deploy(host, fake, timeout=30.0, checks=(command,))
     assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
 
 
-def test_unit_that_fails_just_after_its_start_sends_it_back(host, fake):
-    fake.behave("new.test", '(sleep 1; echo b.service > "$R/failed") &')
-    result = deploy(host, fake, timeout=6.0, checks=(f"echo x >> {fake.root}/checked",))
+def test_unit_that_fails_just_after_its_start_sends_it_back(host, fake, monkeypatch):
+    monkeypatch.setattr("pytest_nixvm.deploy.steps._UNIT_GRACE", 0.0)
+    command = f"echo x >> {fake.root}/checked; echo b.service > {fake.root}/failed"
+    result = deploy(host, fake, timeout=30.0, checks=(command,))
     assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
     assert (fake.root / "checked").read_text() == "x\n"  # once is enough where it succeeds
+
+
+def test_host_has_to_stay_well_though_its_check_outlives_the_timeout(host, fake):
+    command = f"sleep 1.5; echo b.service > {fake.root}/failed"
+    result = deploy(host, fake, timeout=1.0, checks=(command,))
+    assert (result.outcome, result.reason) == ("rolled-back", "units failed: b.service")
 
 
 def test_activation_that_fails_is_told_with_what_it_said(host, fake):
@@ -189,6 +209,7 @@ def test_interrupted_before_it_began_it_is_not_taken_for_the_one_before(host, fa
     made._start = interrupted
     result = made.run(host.facts("preflight"), lambda: None)
     assert (result.outcome, result.output) == ("rolled-back", "")
+    assert fake.rooted == []
     assert fake.start(deploy=made._id).returncode == 3  # what was under way comes too late
 
 
@@ -225,11 +246,39 @@ def test_host_that_was_restarted_after_it_was_confirmed_keeps_it(host, fake):
     def restarted():
         host.call("confirm", fake.new, made._id)
         assert fake.ended() == "committed"
+        (fake.root / "nix/var/nix/gcroots/nixvm-deploy").symlink_to(fake.new)  # as a reset has it
         shutil.rmtree(fake.root / "run/nixvm-deploy")
         (fake.root / "run/nixvm-deploy.sh").unlink()
 
     made._confirm = restarted
     assert made.run(host.facts("preflight"), lambda: None).outcome == "committed"
+    assert fake.rooted == []
+
+
+def test_host_that_was_restarted_before_it_could_confirm_is_told_with_what_it_booted(host, fake):
+    """Its boot default was another system than ran: a test of somebody's."""
+    tried = fake.root / "nix/store/tried"
+    shutil.copytree(fake.new, tried)
+    (fake.root / "run/tried").symlink_to(tried)
+    (fake.root / "run/tried").rename(fake.root / "run/current-system")
+    made = Deploy(host, Plan("server", fake.new), Silent(), pause=0.1)
+
+    def restarted():
+        fake.behave("stopping", "")
+        fake.kill()
+        fake.ended()
+        for name in ("nixvm-deploy", "nixvm-deploy-old"):
+            (fake.root / "nix/var/nix/gcroots" / name).symlink_to(fake.new)  # as a reset has it
+        shutil.rmtree(fake.root / "run/nixvm-deploy")
+        (fake.root / "run/nixvm-deploy.sh").unlink()
+        (fake.root / "run/booted").symlink_to(fake.old)
+        (fake.root / "run/booted").rename(fake.root / "run/current-system")
+
+    made._confirm = restarted
+    result = made.run(host.facts("preflight"), lambda: None)
+    assert (result.outcome, result.reason) == ("rolled-back", "it was restarted")
+    assert f"It runs {fake.old}, its boot default." in told(result)
+    assert fake.rooted == []
 
 
 def test_systemd_that_does_not_answer_is_not_well(host, fake):
