@@ -1,0 +1,62 @@
+"""A system that is copied to a host, by a nix that says what it was asked."""
+
+import shutil
+
+import pytest
+
+from pytest_nixvm.deploy.host import DeployError, Host, Target
+from pytest_nixvm.deploy.system import copy
+from pytest_nixvm.flake.nix import Nix
+from pytest_nixvm.progress import Silent
+
+pytestmark = pytest.mark.shell
+
+TOPLEVEL = "/nix/store/x-nixos-system"
+BASH = shutil.which("bash")
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Return what copies with these arguments, and says what nix was asked, and with what."""
+    program = tmp_path / "nix"
+    monkeypatch.setattr("pytest_nixvm.deploy.host.shutil.which", lambda _: "/bin/ssh")
+
+    def asked(to, options=(), *, substitutes=False, ends="exit 0"):
+        program.write_text(
+            f"#!{BASH}\nprintf '%s\\n' \"$@\" > {tmp_path}/argv\n"
+            f'printf %s "$NIX_SSHOPTS" > {tmp_path}/options\n{ends}\n'
+        )
+        program.chmod(0o755)
+        host = Host(Target.parse(to), options)
+        copy(Nix(program, "2.18"), host, TOPLEVEL, Silent(), substitutes=substitutes)
+        return (tmp_path / "argv").read_text().split("\n"), (tmp_path / "options").read_text()
+
+    return asked
+
+
+def test_system_is_copied_with_the_options_that_ssh_gets(asked, monkeypatch):
+    monkeypatch.delenv("NIX_SSHOPTS", raising=False)
+    argv, options = asked("ssh://me@host:2222", ["IdentityFile=/key"])
+    at = argv.index("copy")
+    assert argv[at : at + 4] == ["copy", "--to", "ssh://me@host", TOPLEVEL]
+    assert "--no-check-sigs" in argv
+    assert "--substitute-on-destination" not in argv
+    assert options == (
+        "-o BatchMode=yes -o IdentityFile=/key -o ConnectTimeout=10 -p 2222"  # no port in the URL
+    )
+
+
+def test_host_fetches_what_its_caches_have_where_that_is_wanted(asked):
+    argv, _ = asked("ssh://host", substitutes=True)
+    assert "--substitute-on-destination" in argv
+
+
+def test_options_for_ssh_that_nix_has_already_go_before_ours(asked, monkeypatch):
+    monkeypatch.setenv("NIX_SSHOPTS", "-o User=me")
+    _, options = asked("ssh://host", ["ProxyCommand=nc %h 22"])
+    assert options.startswith("-o User=me -o BatchMode=yes -o 'ProxyCommand=nc %h 22' ")
+
+
+def test_copy_that_fails_is_told_in_the_words_of_nix(asked):
+    with pytest.raises(DeployError, match=r"(?s)nothing was changed there\.\n.*no room"):
+        asked("ssh://host", ends="echo 'error: no room' >&2; exit 1")
