@@ -242,8 +242,8 @@ def test_kvm_is_mended_by_what_is_wrong_with_it(tmp_path, monkeypatch, reason, f
 
 
 @needs_nix
-def test_a_daemon_that_does_not_answer_is_no_missing_feature(tmp_path, monkeypatch):
-    monkeypatch.setenv("NIX_REMOTE", "daemon")
+def test_a_store_that_can_not_be_had_is_no_missing_feature(tmp_path, monkeypatch):
+    monkeypatch.setenv("NIX_STATE_DIR", "/proc/none")  # which nobody can make
     monkeypatch.setenv("NIX_DAEMON_SOCKET_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("NIX_CONFIG", "experimental-features = nix-command flakes")
     nix = SimpleNamespace(program="nix")
