@@ -157,6 +157,10 @@ class Machine(Driver, Cloning, Commands, Waits, Units, Screen, Network, QemuMoni
         with on.health.call():
             return on.ssh_as(user)
 
+    def forget_keys(self) -> None:
+        """Take the session's key out of the guest again: see `Channels.forget_keys`."""
+        self._opened().forget_keys()
+
     # --- commands ------------------------------------------------------------------------------
 
     @property

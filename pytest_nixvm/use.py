@@ -225,7 +225,7 @@ class Use:
             return
         # They have no use once the VM is off: the private half is gone with it.
         with contextlib.suppress(NixvmError):
-            machine._opened().forget_keys()
+            machine.forget_keys()
         try:
             machine.agent.shutdown("powerdown")
         except NixvmError:

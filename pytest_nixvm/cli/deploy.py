@@ -21,7 +21,7 @@ from pytest_nixvm.flake.words import listed
 from pytest_nixvm.tested import Tested
 
 _MB = 1024  # KiB
-_LITTLE = 256 * _MB  # KiB that should be free beside what is copied
+_LITTLE = 256 * _MB  # KiB that should be free; what is copied may take more, which nix says then
 
 
 class NotTestedError(UserError):
@@ -106,15 +106,15 @@ def command(
     host.upload()
     before = host.facts("preflight")
     check(before, target, machine.system.partition("-")[0])
-    nix = context.catalogue.nix
-    if dry_run:
-        system.copy(nix, host, toplevel, context.progress, substitutes=use_substitutes)
-        return 0 if _dry_run(context, host, before, toplevel, as_json=as_json) else 1
     if int(before["space"] or 0) < _LITTLE:
         raise UserError(
             f"{target} has {int(before['space'] or 0) // _MB} MiB free in /nix/store: make room "
             "first (nix-collect-garbage)."
         )
+    nix = context.catalogue.nix
+    if dry_run:
+        system.copy(nix, host, toplevel, context.progress, substitutes=use_substitutes)
+        return 0 if _dry_run(context, host, before, toplevel, as_json=as_json) else 1
     if reason:
         # As the tests have it, or `nixvm list` would know them no more.
         Tested().force(

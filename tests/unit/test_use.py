@@ -107,9 +107,6 @@ class Machine:
             raise MachineError("There is no SSH.")
         return SimpleNamespace(command_line="ssh -p 22 root@127.0.0.1")
 
-    def _opened(self):
-        return SimpleNamespace(forget_keys=self.forget_keys)
-
     def forget_keys(self):
         self.forgotten += 1
         raise AgentError("one of them stays")
