@@ -110,7 +110,8 @@ def test_what_is_not_committed_counts(project: Project):
 
 
 def test_a_machine_that_can_t_be_evaluated_is_not_left_out(project: Project):
-    project.edit(host("web", "", '{ test.build = throw "broken"; }'), host("db", "2"))
+    broken = host("web", "", '{ test.build = throw "broken"; }')
+    project.edit(broken, host("db", "2"), host("mail"))
     assert "test_web[web]" in project.collected("--nixvm-changed=HEAD")
 
 
