@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_nixvm.errors import MissingProgramError
 from pytest_nixvm.flake.images import ImageMachine
 from pytest_nixvm.qemu import image_script
+from pytest_nixvm.qemu.accelerator import on_path
 from pytest_nixvm.qemu.firmware import find_firmware
 
 QEMU = "qemu-system-x86_64"
@@ -68,10 +67,4 @@ def start_script(machine: ImageMachine) -> str:
 def _program(package: Path | None) -> Path:
     if package is not None and (package / "bin" / QEMU).exists():
         return package / "bin" / QEMU
-    found = shutil.which(QEMU)
-    if found is None:
-        raise MissingProgramError(
-            f"{QEMU} is not on PATH, and the machine's VM names no other QEMU. Install QEMU "
-            "(Debian: qemu-system-x86, NixOS: pkgs.qemu)."
-        )
-    return Path(found)
+    return on_path(QEMU, "the machine's VM")

@@ -74,10 +74,18 @@ def find_qemu(start_script: Path) -> Path:
         return qemu
     name = re.search(r"(?<![\w./-])(qemu-system-[\w-]+|qemu-kvm)\b", text)
     program = name[1] if name else f"qemu-system-{platform.machine()}"
+    return on_path(program, str(start_script))
+
+
+def on_path(program: str, who: str) -> Path:
+    """Return the QEMU of that name on PATH, for `who`, who names none of its own.
+
+    Raises `MissingProgramError` if there is none.
+    """
     found = shutil.which(program)
     if found is None:
         raise MissingProgramError(
-            f"{program} is not on PATH, and {start_script} names no other QEMU. Install QEMU "
+            f"{program} is not on PATH, and {who} names no other QEMU. Install QEMU "
             "(Debian: qemu-system-x86, NixOS: pkgs.qemu)."
         )
     return Path(found)
