@@ -16,7 +16,7 @@ def test_a_panic(fleet_of):
     ) as caught:
         fleet_of("machines").start("panics")
 
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150  # not the 300 that a boot may take
     assert caught.value.stage == "kernel"
     assert "VFS" in caught.value.console_log.read_text(errors="replace")
 
@@ -37,8 +37,8 @@ def test_a_missing_root(fleet_of):
 
 
 def test_a_unit_that_never_ends_starting(fleet_of):
-    with pytest.raises(BootError, match=r"(?s)not ready after 30 s.*endless.service") as caught:
-        fleet_of("machines", boot_timeout="30").start("hangs")
+    with pytest.raises(BootError, match=r"(?s)not ready after 60 s.*endless.service") as caught:
+        fleet_of("machines", boot_timeout="60").start("hangs")
 
     assert caught.value.stage == "guest agent answers"
 

@@ -102,4 +102,4 @@ def test_a_kept_vm_can_be_entered_and_ended_by_the_lines_that_are_shown(project,
     finally:
         os.kill(pid, signal.SIGTERM)
     gone = f"no {monitor.parent.parent}"
-    poll(lambda: not monitor.parent.parent.exists(), gone, timeout=10)
+    poll(lambda: not monitor.parent.parent.exists(), gone, timeout=60)

@@ -65,9 +65,9 @@ def test_serial_refuses_a_wrong_password(serial):
 
 
 def test_serial_waits_for_what_was_said_and_for_what_will_be(serial, vm):
-    serial.wait_for(r"login: ", timeout=10)
+    serial.wait_for(r"login: ", timeout=60)
     vm.succeed("(sleep 1; echo hear hear > /dev/ttyS0) >/dev/null 2>&1 &")
-    serial.wait_for(r"hear hear", timeout=20)
+    serial.wait_for(r"hear hear", timeout=60)
     with pytest.raises(WaitTimeoutError, match="never said"):
         serial.wait_for(r"never said", timeout=0.5)
 
@@ -80,7 +80,7 @@ def test_serial_is_a_pexpect_object(serial, vm):
     spawn = serial.spawn
     vm.succeed("echo knock knock > /dev/ttyS0")
 
-    assert spawn.expect(["nobody", "knock knock"], timeout=20) == 1
+    assert spawn.expect(["nobody", "knock knock"], timeout=60) == 1
 
 
 def test_agent_files(agent):

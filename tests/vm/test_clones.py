@@ -109,7 +109,7 @@ def test_clones_share_nothing_but_what_the_template_had(clone):
     assert "12341" in second.run(traces).stdout
     assert third.run(traces).stdout == ""
     assert len({line for text in drawn for line in text.splitlines()}) == 6
-    assert max(map(clock_off, (first, second, third))) < 1
+    assert max(map(clock_off, (first, second, third))) < 5
 
     same = "cat /proc/sys/kernel/random/boot_id /etc/machine-id /etc/ssh/ssh_host_*_key.pub"
     assert first.succeed(same) == second.succeed(same) == third.succeed(same)
@@ -133,7 +133,7 @@ def test_a_template_that_is_old_and_not_well(clone):
 
     assert public not in one.run(f"cat {keys}").stdout
     assert public not in two.run(f"cat {keys}").stdout
-    assert max(map(clock_off, (one, two, vm))) < 1
+    assert max(map(clock_off, (one, two, vm))) < 5  # of 600
     assert one.failed_units() == ("broken.service",)
     assert one.unit("broken.service").failed
     assert one.ssh.run("hostname").stdout == f"{MACHINE}\n"

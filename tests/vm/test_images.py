@@ -14,7 +14,8 @@ import pytest
 
 from pytest_nixvm import Fleet, Machine
 
-LOOK = "hello; findmnt -no SOURCE,FSTYPE /; ip -4 -o addr; cat /proc/cmdline"
+LOOK = "hello; findmnt -no SOURCE,FSTYPE /; cat /proc/cmdline"
+ADDRESS = "ip -4 -o addr | grep -F 10.0.2.15/24"
 
 every_format = pytest.mark.skipif(
     os.environ.get("NIXVM_TEST_IMAGES") != "all",
@@ -44,7 +45,7 @@ def test_a_qcow2_image_boots_on_virtio(qcow2: Machine) -> None:
     seen = qcow2.succeed(LOOK)
     assert "Hello, world!" in seen  # a package, from the store on the disk
     assert "/dev/vda1" in seen
-    assert "10.0.2.15/24" in seen
+    qcow2.wait_until_succeeds(ADDRESS, timeout=60)
     assert qcow2.succeed("hostname").strip() == qcow2.name == "small"
     sectors = int(qcow2.succeed("cat /sys/block/vda/size"))
     assert sectors * 512 == 2048 << 20  # as image.modules.qemu has it
@@ -78,7 +79,7 @@ def test_an_ova_boots_on_sata(boots: Fleet) -> None:
         seen = vm.succeed(LOOK)
         assert "Hello, world!" in seen
         assert "/dev/sda1" in seen
-        assert "10.0.2.15/24" in seen
+        vm.wait_until_succeeds(ADDRESS, timeout=60)
         assert "virtio_net" in vm.succeed("readlink /sys/class/net/e*/device/driver")
         build = boots.build("small@ova")
         assert vm.succeed("readlink -f /run/current-system").strip() == str(build.toplevel)

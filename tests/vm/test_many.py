@@ -37,5 +37,5 @@ def test_clones_leave_nothing_behind(fleet_of):
         use(f"test-{number}", [Wanted(("dev-vm", request))] if number < MANY - 1 else [])
 
     # The sockets of a VM that has ended are closed by another thread.
-    poll(lambda: open_files() <= files, "the files of clones to be closed", timeout=20)
-    assert threading.active_count() <= threads
+    poll(lambda: open_files() <= files, "the files of clones to be closed", timeout=60)
+    poll(lambda: threading.active_count() <= threads, "the threads of clones to end", timeout=60)

@@ -72,7 +72,7 @@ def test_a_forwarded_port(vm):
         vm.forward_port(taken, 23)
     for port in (taken, vm.port(22), vm.forward_port(0, 22)):
         with socket.create_connection(("127.0.0.1", port), 10) as client:
-            client.settimeout(60)
+            client.settimeout(90)
             assert client.recv(4) == b"SSH-"
 
 

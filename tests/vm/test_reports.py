@@ -163,4 +163,4 @@ def test_a_kept_vm_is_the_failed_tests_own_and_ends_with_all_it_had(planted):
     assert done.stdout == "failed\n", done.stderr
 
     planted.end_kept()
-    poll(lambda: not sockets.exists(), "the directory of the kept VMs to go", timeout=30)
+    poll(lambda: not sockets.exists(), "the directory of the kept VMs to go", timeout=60)

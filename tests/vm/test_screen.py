@@ -54,7 +54,7 @@ def test_a_log_in_prompt_is_on_the_console(vm):
 def test_text_that_is_not_ascii(vm):
     vm.run("cat > /dev/tty1", stdin="\r\nGrüße, 10 €\r\n", check=True)
 
-    vm.wait_until_tty_matches(1, "Grüße, 10 €", timeout=10)
+    vm.wait_until_tty_matches(1, "Grüße, 10 €", timeout=60)
 
 
 def test_a_console_that_is_none(vm):
@@ -68,7 +68,7 @@ def test_a_wait_that_fails_shows_the_console(vm):
     vm.run("cat > /dev/tty1", stdin="\r\nsome words\r\n", check=True)
 
     with pytest.raises(WaitTimeoutError, match=r"(?s)'nevermore' on tty1.*some words"):
-        vm.wait_until_tty_matches("1", "nevermore", timeout=0.5)
+        vm.wait_until_tty_matches("1", "nevermore", timeout=3)
 
 
 def test_every_key_of_a_long_line_arrives_in_a_busy_guest(vm, at_keyboard):
@@ -104,12 +104,12 @@ def test_a_character_that_the_layout_lacks(vm, at_keyboard):
 
 def test_the_serial_console(vm):
     assert "Stage 1" in vm.get_console_log()
-    vm.wait_for_console_text("Stage 1", timeout=10)
+    vm.wait_for_console_text("Stage 1", timeout=60)
     with pytest.raises(WaitTimeoutError, match="Stage 1"):
         vm.wait_for_console_text("Stage 1", timeout=0.2)  # it was seen
     vm.wait_for_console_text("screen login: ", timeout=60)  # what comes earlier, getty throws away
     vm.succeed("echo hear hear > /dev/ttyS0")
-    vm.wait_for_console_text(r"hear \w+", timeout=20)
+    vm.wait_for_console_text(r"hear \w+", timeout=60)
     vm.send_console("nobody-at-all\n")
     vm.wait_for_console_text("nobody-at-all", timeout=30)
 
@@ -124,12 +124,12 @@ def test_text_is_read_from_the_screen(vm):
     assert "quick brown fox" in vm.get_screen_text()
     assert any("quick brown fox" in text for text in vm.get_screen_text_variants())
     with pytest.raises(WaitTimeoutError, match=r"(?s)'nevermore' on the screen.*quick brown"):
-        vm.wait_for_text("nevermore", timeout=1)
+        vm.wait_for_text("nevermore", timeout=5)
 
 
 def test_what_is_on_a_console_goes_into_the_journal(vm, capsys):
     vm.run("cat > /dev/tty1", stdin="\r\nfor the record\r\n", check=True)
-    vm.wait_until_tty_matches(1, "for the record", timeout=10)
+    vm.wait_until_tty_matches(1, "for the record", timeout=60)
 
     vm.dump_tty_contents(1)
 
@@ -140,7 +140,7 @@ def test_what_is_on_a_console_goes_into_the_journal(vm, capsys):
 def test_the_signs_by_which_an_x_server_is_known(vm):
     """Not an X server: the guest has none. Its socket, its line in the journal, its xwininfo."""
     with pytest.raises(WaitTimeoutError, match="the X server of screen"):
-        vm.wait_for_x(timeout=0.5)
+        vm.wait_for_x(timeout=3)
     vm.succeed(
         "mkdir -p /tmp/.X11-unix && touch /tmp/.X11-unix/X0",
         "echo 'Reached target Current graphical user session.' | systemd-cat -t systemd",
@@ -155,7 +155,7 @@ def test_the_signs_by_which_an_x_server_is_known(vm):
     assert vm.get_window_names() == ["Terminal - alice"]
     vm.wait_for_window("^Terminal", timeout=30)
     with pytest.raises(WaitTimeoutError, match="Terminal - alice"):
-        vm.wait_for_window("Firefox", timeout=0.5)
+        vm.wait_for_window("Firefox", timeout=3)
 
 
 def test_the_screen_after_a_panic(vm):  # the last: it leaves a VM of no use to others

@@ -51,8 +51,9 @@
         failing.systemd.services = {
           broken = {
             wantedBy = [ "multi-user.target" ];
+            after = [ "flapping.service" ];
             serviceConfig.Type = "oneshot";
-            script = "exit 3";
+            script = "sleep 2; exit 3"; # the other one has ended by then
           };
           # Never "failed": it waits for its next start.
           flapping = {
