@@ -164,6 +164,16 @@ def backing_file(disk: Path) -> Path | None:
     return disk.parent / name if name and ":" not in name else None
 
 
+def virtual_size(disk: Path) -> int | None:
+    """Return how large the guest finds a qcow2 disk, in bytes, None if it is no qcow2."""
+    try:
+        with disk.open("rb") as file:
+            head = file.read(32)
+    except OSError:
+        return None
+    return struct.unpack(">Q", head[24:])[0] if len(head) == 32 and head[:4] == _QCOW2 else None
+
+
 def _file_in(text: str) -> str:
     try:
         node = json.loads(text)

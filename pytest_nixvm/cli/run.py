@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -12,7 +13,7 @@ import click
 from pytest_nixvm import wishes
 from pytest_nixvm.cli.common import Context, with_flake
 from pytest_nixvm.cli.completion import complete_directories, complete_machines
-from pytest_nixvm.disks import KeptDisk, backing_file
+from pytest_nixvm.disks import KeptDisk, backing_file, virtual_size
 from pytest_nixvm.errors import FlakeError
 from pytest_nixvm.flake.build import Override, VmBuild
 from pytest_nixvm.flake.nix import Nix, NixFailure
@@ -20,6 +21,7 @@ from pytest_nixvm.use import Use, Wishes
 
 _BOOT_TIMEOUT = 900  # seconds; a person who has waited enough presses Ctrl-C
 _ROOT_TIMEOUT = 60.0  # seconds
+_NEW_DISK = re.compile(r'"\$NIX_DISK_IMAGE"[\s\\]+"(\d+)M"')  # in NixOS' start script
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -80,12 +82,9 @@ def command(
         wishes.check_free(wanted.forwards)
         wishes.check_display(window)
         build = context.catalogue.build(info.name)
-        below = backing_file(disk.path)
-        if build.image and below and not fresh and not below.is_relative_to(build.output):
-            notes.add(
-                f"{info.name}'s disk was made of an older image: the system on it is that one's. "
-                "--fresh begins anew, with the image as it is now."
-            )
+        if not fresh:
+            for note in out_of_date(disk, build):
+                notes.add(note)
         use = Use(
             build,
             disk,
@@ -116,6 +115,29 @@ def _start(use: Use) -> None:
         if use.console_log is not None:
             _say(f"\n{use.name} had not booted yet. What its console has shown: {use.console_log}")
         raise
+
+
+def out_of_date(disk: KeptDisk, build: VmBuild) -> Iterator[str]:
+    """Say what of the configuration a disk of earlier runs does not have."""
+    below = backing_file(disk.path)
+    if build.image and below and not below.is_relative_to(build.output):
+        yield (
+            f"{build.name}'s disk was made of an older image: the system on it is that one's. "
+            "--fresh begins anew, with the image as it is now."
+        )
+    size, new = virtual_size(disk.path), _NEW_DISK.search(_script(build))
+    if size is not None and new is not None and size != int(new[1]) << 20:
+        yield (
+            f"{build.name}'s disk has {size >> 20} MiB, as its first run made it, and not the "
+            f"{new[1]} MiB of virtualisation.diskSize. --fresh begins anew."
+        )
+
+
+def _script(build: VmBuild) -> str:
+    try:
+        return build.start_script.read_text(errors="replace")
+    except OSError:
+        return ""  # who starts it says so
 
 
 def hold_image(disk: KeptDisk, build: VmBuild, nix: Nix, *, fresh: bool) -> None:

@@ -1,6 +1,6 @@
 """The supervisor: a small process that outlives pytest by moments and leaves nothing behind.
 
-It is run as `python -I -S _supervise.py TOKEN CLIENT_PID` with its end of a socket pair as stdin,
+It is run as `python -I -S _supervise.py CLIENT_PID` with its end of a socket pair as stdin,
 so it may use nothing but the standard library, and imports little of that: it has to be up
 within some 30 ms. `supervisor.py` is the client.
 

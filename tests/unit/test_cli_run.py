@@ -7,10 +7,12 @@ import pty
 import shlex
 import signal
 import socket
+import struct
 import termios
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from _flake import OPTIONS, machine, needs_nix, write_flake
@@ -254,6 +256,29 @@ def test_window_that_qemu_has_not_leaves_the_old_disk_its_image(run, monkeypatch
     status, out, err = run("dev-vm", "--window", "--fresh")
     assert (status, out, held) == (2, "", []), err
     assert "was built without gtk and sdl" in err
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        'createEmptyFilesystemImage "$NIX_DISK_IMAGE" "4096M"',
+        'qemu-img create \\\n  -f qcow2 \\\n  "$NIX_DISK_IMAGE" \\\n  "4096M"',
+    ],
+)
+def test_disk_of_another_size_than_is_configured_is_told(tmp_path, made):
+    script = tmp_path / "bin" / "run-dev-vm-vm"
+    script.parent.mkdir()
+    script.write_text(f"{made}\n")
+    build = SimpleNamespace(name="dev-vm", image=None, start_script=script)
+    with KeptDisk("dev-vm", "a") as disk:
+        assert list(run_command.out_of_date(disk, build)) == []
+        for mebibytes, notes in ((4096, 0), (1024, 1)):
+            size = mebibytes << 20
+            disk.path.write_bytes(b"QFI\xfb" + struct.pack(">IQIIQ", 3, 0, 0, 16, size))
+            told = list(run_command.out_of_date(disk, build))
+            assert len(told) == notes
+    assert "dev-vm's disk has 1024 MiB" in told[0]
+    assert "not the 4096 MiB of virtualisation.diskSize" in told[0]
 
 
 @needs_nix
