@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -17,11 +17,9 @@ from pytest_nixvm.deploy.result import told
 from pytest_nixvm.deploy.steps import Deploy, Plan
 from pytest_nixvm.errors import SettingsError, UserError
 from pytest_nixvm.flake.images import plain
+from pytest_nixvm.flake.packages import read_closure
 from pytest_nixvm.flake.words import listed
 from pytest_nixvm.tested import Tested
-
-_MB = 1024  # KiB
-_LITTLE = 256 * _MB  # KiB that should be free; what is copied may take more, which nix says then
 
 
 class NotTestedError(UserError):
@@ -106,15 +104,12 @@ def command(
     host.upload()
     before = host.facts("preflight")
     check(before, target, machine.system.partition("-")[0])
-    if int(before["space"] or 0) < _LITTLE:
-        raise UserError(
-            f"{target} has {int(before['space'] or 0) // _MB} MiB free in /nix/store: make room "
-            "first (nix-collect-garbage)."
-        )
     nix = context.catalogue.nix
+    closure = read_closure(nix, built).sizes
+    system.check_room(host, before, system.missing(host, closure))
     if dry_run:
         system.copy(nix, host, toplevel, context.progress, substitutes=use_substitutes)
-        return 0 if _dry_run(context, host, before, toplevel, as_json=as_json) else 1
+        return 0 if _dry_run(context, host, before, toplevel, closure, as_json=as_json) else 1
     if reason:
         # As the tests have it, or `nixvm list` would know them no more.
         Tested().force(
@@ -168,9 +163,16 @@ def _check_tests(context: Context, name: str, toplevel: str, *, forced: bool) ->
     )
 
 
-def _dry_run(context: Context, host: Host, before: Facts, toplevel: str, *, as_json: bool) -> bool:
+def _dry_run(
+    context: Context,
+    host: Host,
+    before: Facts,
+    toplevel: str,
+    closure: Iterable[str],
+    *,
+    as_json: bool,
+) -> bool:
     """Say what would change, and whether the system's own dry run went well."""
-    closure = system.closure(context.catalogue.nix, toplevel)
     old = [line for line in host.call("requisites").splitlines() if line.startswith("/")]
     lines = system.difference(old, closure)
     ended = host.run("dry", toplevel, timeout=300)

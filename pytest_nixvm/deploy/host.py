@@ -209,13 +209,15 @@ class Host:
                 f"{self.target}: {self._script} can't be written there: {ended.stderr.strip()}"
             )
 
-    def run(self, *words: str, timeout: float = _CALL_TIMEOUT) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str, timeout: float = _CALL_TIMEOUT, data: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         """Run a verb of remote.sh, whatever its end. Raises `SshError`."""
-        return self.ssh(shlex.join(["bash", self._script, *words]), timeout=timeout)
+        return self.ssh(shlex.join(["bash", self._script, *words]), timeout=timeout, data=data)
 
-    def call(self, *words: str, timeout: float = _CALL_TIMEOUT) -> str:
+    def call(self, *words: str, timeout: float = _CALL_TIMEOUT, data: str = "") -> str:
         """Run a verb of remote.sh and return what it prints. Raises `SshError`, `DeployError`."""
-        ended = self.run(*words, timeout=timeout)
+        ended = self.run(*words, timeout=timeout, data=data)
         if ended.returncode == _BUSY:
             raise DeployError(f"{self.target}: {ended.stderr.strip()}; nothing was changed.")
         if ended.returncode != 0:

@@ -68,6 +68,14 @@ preflight() {
   link=${link#system-}
   echo "generation=${link%-link}"
   echo "space=$(df -Pk -- "$root/nix/store" | { read -r _; read -r _ _ _ free _; echo "$free"; })"
+  echo "filesystem=$(stat -fc %T -- "$root/nix/store")"
+}
+
+missing() { # which of the store paths on stdin are not in the store
+  local paths
+  while mapfile -t -n 5000 paths && ((${#paths[@]})); do
+    nix-store --check-validity --print-invalid "${paths[@]}" || return
+  done
 }
 
 root_for() { # PATH: safe from garbage collection before it has arrived, and while it is tried
@@ -281,7 +289,7 @@ abort() { # REASON ID: also if what starts it has not arrived yet, or never will
 
 main() {
   case ${1-} in
-    preflight | root_for | start | run | stopped | status | confirm | abort) "$@" ;;
+    preflight | missing | root_for | start | run | stopped | status | confirm | abort) "$@" ;;
     release) busy || release ;; # or they are another deploy's
     output) tail -n 60 "$place/output" ;;
     dry) "$2/bin/switch-to-configuration" dry-activate 2>&1 ;;

@@ -1,31 +1,49 @@
-"""A system's closure: looked at, compared, and copied into a host's store."""
+"""A system's closure: compared with a host's, and copied into its store."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
-from pytest_nixvm.deploy.host import DeployError, Host
-from pytest_nixvm.errors import FlakeError
+from pytest_nixvm.deploy.host import DeployError, Facts, Host
 from pytest_nixvm.flake import process
 from pytest_nixvm.flake.nix import FEATURES, Nix
 from pytest_nixvm.flake.packages import split_name
 from pytest_nixvm.progress import Progress
 
 _COPY_TIMEOUT = 7200.0
+_MISSING_TIMEOUT = 300.0
+_LEFT = 256 << 20  # bytes that a host should have free when all was copied
+_COMPRESSES = ("btrfs", "zfs", "bcachefs")  # how much a path takes there, nobody can say
 
 
-def closure(nix: Nix, toplevel: str) -> list[str]:
-    """Return the store paths that a system needs. Raises `FlakeError`."""
-    ended = process.run([str(nix.store_program), "--query", "--requisites", toplevel], timeout=300)
-    if ended.returncode != 0:
-        raise FlakeError(f"{toplevel}: nix-store can't say what it needs.")
-    return ended.stdout.decode().split()
+def missing(host: Host, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return what of a closure (path → bytes) a host's store has not.
+
+    Raises `SshError`, `DeployError`.
+    """
+    said = host.call("missing", data="\n".join(sizes) + "\n", timeout=_MISSING_TIMEOUT).split()
+    return {path: sizes[path] for path in said if path in sizes}
 
 
-def difference(old: Sequence[str], new: Sequence[str]) -> list[str]:
+def check_room(host: Host, facts: Facts, lacking: Mapping[str, int]) -> None:
+    """Raise `DeployError` where what has to be copied would fill the host's disk."""
+    free = int(facts["space"] or 0) << 10
+    needed = 0 if facts["filesystem"].startswith(_COMPRESSES) else sum(lacking.values())
+    if free >= needed + _LEFT:
+        return
+    what = f"{host.target} has {free >> 20} MiB free in /nix/store"
+    if needed:
+        paths = f"{len(lacking)} store path{'s' if len(lacking) > 1 else ''}"
+        what += f", and what it lacks of the system ({paths}) takes {-(-needed >> 20)} MiB"
+    raise DeployError(
+        f"{what}: make room first (nix-collect-garbage), so that {_LEFT >> 20} MiB are left."
+    )
+
+
+def difference(old: Iterable[str], new: Iterable[str]) -> list[str]:
     """Say by name what differs between two closures: + new, - gone, ~ changed.
 
     They are store paths, of which the old ones are another store's: `flake.packages` has more to
@@ -49,7 +67,7 @@ def difference(old: Sequence[str], new: Sequence[str]) -> list[str]:
     return lines
 
 
-def _names(paths: Sequence[str]) -> dict[str, set[tuple[str, str]]]:
+def _names(paths: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
     """Name → version and path of each."""
     found: dict[str, set[tuple[str, str]]] = {}
     for path in paths:

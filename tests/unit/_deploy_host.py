@@ -50,6 +50,11 @@ done
 ln -sfn "$4" "$profile-$number-link"; ln -sfn "system-$number-link" "$profile"
 """,
     "nix-store": r"""
+if [ "$1 $2" = "--check-validity --print-invalid" ]; then
+  shift 2
+  [ ! -e "$R/lacks" ] || printf '%s\n' "$@" | grep -e "$(cat "$R/lacks")"
+  exit 0
+fi
 hash=$(printf 1%.0s {1..32})
 for name in a-1.0 b-2.0 gone-3.1; do echo "/nix/store/$hash-$name"; done
 """,

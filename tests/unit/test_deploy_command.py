@@ -214,6 +214,21 @@ def test_tested_system_is_deployed_and_told_for_scripts(begin, fake):
     assert {Path(begin.toplevel).name} == {*fake.runs()}
 
 
+def test_system_that_would_fill_the_host_is_not_copied(begin, fake):
+    fake.behave("lacks", Path(begin.toplevel).name)
+    little = "printf 'Filesystem 1024-blocks Used Available\\n/dev/sda 9 9 262144 1%% /\\n'"
+    fake.program(fake.root / "bin" / "df", little)
+    process = begin()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert (
+        "has 256 MiB free in /nix/store, and what it lacks of the system (1 store path) takes 1 MiB"
+        in err
+    )
+    assert fake.runs() == ("old", "old", "old")
+    assert not fake.rooted
+
+
 def test_dry_run_changes_nothing(begin, fake, workshop):
     process = begin("--dry-run")
     out, err = process.communicate(timeout=60)

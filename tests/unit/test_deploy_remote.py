@@ -25,6 +25,7 @@ def test_preflight_says_what_the_host_is(host):
     assert {"nixos=yes", "systemd=yes", "nix=yes", "generation=1"} <= {*lines}
     assert f"current={host.old}" in lines
     assert any(line.startswith("space=") and line[6:].isdigit() for line in lines)
+    assert any(line.startswith("filesystem=") and len(line) > 11 for line in lines)
 
 
 def test_confirmed_system_runs_and_boots(host):

@@ -11,7 +11,7 @@ from _deploy_host import Host as FakeHost
 from pytest_nixvm.deploy.host import DeployError, Facts, Host, Target, check
 from pytest_nixvm.deploy.result import told
 from pytest_nixvm.deploy.steps import Deploy, Plan
-from pytest_nixvm.deploy.system import difference
+from pytest_nixvm.deploy.system import difference, missing
 from pytest_nixvm.errors import SettingsError, SshError
 from pytest_nixvm.progress import Silent
 
@@ -56,6 +56,16 @@ def host(fake):
     host = Host(Target.parse("ssh://root@host:2222"), script=f"{fake.root}/run/nixvm-deploy.sh")
     host.upload()
     return host
+
+
+def test_what_the_store_of_the_host_lacks_is_asked_for(fake, host):
+    sizes = {f"/nix/store/{number}-of-many": number for number in range(12000)}
+    assert missing(host, sizes) == {}
+    fake.behave("lacks", "/11999-")
+    assert missing(host, sizes) == {"/nix/store/11999-of-many": 11999}
+    fake.program(fake.root / "bin" / "nix-store", "echo no such store >&2; exit 1")
+    with pytest.raises(DeployError, match="missing failed: no such store"):
+        missing(host, sizes)
 
 
 def deploy(host, fake, copy=lambda: None, **changes):

@@ -1,11 +1,12 @@
 """A system that is copied to a host, by a nix that says what it was asked."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from pytest_nixvm.deploy.host import DeployError, Host, Target
-from pytest_nixvm.deploy.system import copy
+from pytest_nixvm.deploy.host import DeployError, Facts, Host, Target
+from pytest_nixvm.deploy.system import check_room, copy
 from pytest_nixvm.flake.nix import Nix
 from pytest_nixvm.progress import Silent
 
@@ -60,3 +61,42 @@ def test_options_for_ssh_that_nix_has_already_go_before_ours(asked, monkeypatch)
 def test_copy_that_fails_is_told_in_the_words_of_nix(asked):
     with pytest.raises(DeployError, match=r"(?s)nothing was changed there\.\n.*no room"):
         asked("ssh://host", ends="echo 'error: no room' >&2; exit 1")
+
+
+MIB = 1 << 20
+HOST = SimpleNamespace(target=Target.parse("ssh://host"))
+LACKING = {"/nix/store/a": 5000 * MIB, "/nix/store/b": 100 * MIB - 1}
+
+
+def facts(mebibytes, filesystem):
+    return Facts({"space": str(mebibytes << 10), "filesystem": filesystem}, ())
+
+
+@pytest.mark.parametrize(
+    ("free", "filesystem", "lacking"),
+    [
+        (5356, "ext2/ext3", LACKING),
+        (256, "ext2/ext3", {}),
+        (300, "btrfs", LACKING),  # nobody can say
+    ],
+)
+def test_host_with_room_for_what_it_lacks_is_copied_to(free, filesystem, lacking):
+    check_room(HOST, facts(free, filesystem), lacking)
+
+
+@pytest.mark.parametrize(
+    ("free", "filesystem", "lacking", "said"),
+    [
+        (
+            5355,
+            "xfs",
+            LACKING,
+            r"5355 MiB free.* it lacks of the system \(2 store paths\) takes 5100 MiB: ",
+        ),
+        (255, "xfs", {}, r"255 MiB free in /nix/store: make room first \(nix-collect-garbage\)"),
+        (255, "zfs", LACKING, r"255 MiB free in /nix/store: .* 256 MiB are left\."),
+    ],
+)
+def test_copy_does_not_fill_the_host(free, filesystem, lacking, said):
+    with pytest.raises(DeployError, match=rf"^ssh://root@host has {said}"):
+        check_room(HOST, facts(free, filesystem), lacking)

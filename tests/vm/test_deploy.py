@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -91,6 +92,21 @@ def test_what_was_not_tested_is_refused(server):
     assert "good as it is now was not tested" in err
     assert "--force 'REASON'" in err
     assert server.vm.succeed(STATE) == ""
+
+
+def test_copy_would_fill_its_disk(server):
+    """All but the 256 MiB that should be left is taken: what the host lacks has no room."""
+    free = "$(df -Pk /nix/store | awk 'END { print $4 }')"
+    server.vm.succeed(f"fallocate -l $(({free} - 256 * 1024))K /nix/.rw-store/filled")
+    try:
+        status, _, err = server.deploy("good", "--force", "to see whether it would fit")
+    finally:
+        server.vm.succeed("rm /nix/.rw-store/filled")
+    assert status == 1
+    told = r"has 256 MiB free in /nix/store, and what it lacks of the system \((\d+) store paths\)"
+    (paths,) = re.findall(told, err)
+    assert 1 < int(paths) < 40  # of some hundred
+    server.is_unharmed()
 
 
 def test_dry_run_says_what_would_change(server):
