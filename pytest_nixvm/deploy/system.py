@@ -16,7 +16,8 @@ from pytest_nixvm.progress import Progress
 _COPY_TIMEOUT = 7200.0
 _MISSING_TIMEOUT = 300.0
 _LEFT = 256 << 20  # bytes that a host should have free when all was copied
-_COMPRESSES = ("btrfs", "zfs", "bcachefs")  # how much a path takes there, nobody can say
+# File systems that compress, by stat's names: how much a path takes there, nobody can say.
+_COMPRESSES = ("btrfs", "zfs", "bcachefs", "UNKNOWN")
 
 
 def missing(host: Host, sizes: Mapping[str, int]) -> dict[str, int]:

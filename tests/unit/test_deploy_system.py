@@ -78,6 +78,7 @@ def facts(mebibytes, filesystem):
         (5356, "ext2/ext3", LACKING),
         (256, "ext2/ext3", {}),
         (300, "btrfs", LACKING),  # nobody can say
+        (300, "UNKNOWN (0xca451a4e)", LACKING),
     ],
 )
 def test_host_with_room_for_what_it_lacks_is_copied_to(free, filesystem, lacking):
