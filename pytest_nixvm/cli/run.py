@@ -128,7 +128,7 @@ def out_of_date(disk: KeptDisk, build: VmBuild) -> Iterator[str]:
     size, new = virtual_size(disk.path), _NEW_DISK.search(_script(build))
     if size is not None and new is not None and size != int(new[1]) << 20:
         yield (
-            f"{build.name}'s disk has {size >> 20} MiB, as its first run made it, and not the "
+            f"{build.name}'s disk is that of earlier runs and has {size >> 20} MiB, not the "
             f"{new[1]} MiB of virtualisation.diskSize. --fresh begins anew."
         )
 

@@ -277,8 +277,7 @@ def test_disk_of_another_size_than_is_configured_is_told(tmp_path, made):
             disk.path.write_bytes(b"QFI\xfb" + struct.pack(">IQIIQ", 3, 0, 0, 16, size))
             told = list(run_command.out_of_date(disk, build))
             assert len(told) == notes
-    assert "dev-vm's disk has 1024 MiB" in told[0]
-    assert "not the 4096 MiB of virtualisation.diskSize" in told[0]
+    assert "has 1024 MiB, not the 4096 MiB of virtualisation.diskSize. --fresh" in told[0]
 
 
 @needs_nix

@@ -212,7 +212,7 @@ def test_control_c_powers_it_down_and_its_disk_is_kept(desk, first):
     desk.flake.joinpath("flake.nix").write_text(text)
     second = desk.run("--memory", "640", "--cores", "1", "--share", f"{desk.shared}:/srv:ro")
     try:
-        assert "has 1024 MiB, as its first run made it, and not the 2048 MiB" in second.said
+        assert "has 1024 MiB, not the 2048 MiB of virtualisation.diskSize" in second.said
         done = desk.ssh("ls /root/kept; nproc; awk '/MemTotal/ {print $2}' /proc/meminfo")
         kept, cores, memory = done.stdout.split()
         assert (kept, cores) == ("/root/kept", "1")
