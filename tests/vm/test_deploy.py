@@ -136,7 +136,7 @@ def test_host_that_nobody_can_log_in_to_any_more_goes_back(server):
 
 def test_client_that_is_killed_leaves_the_old_generation(server):
     process = server.begin(
-        "good", "--force", "the tests of it are under way", "--timeout", "20", "--check", "sleep 60"
+        "good", "--force", "the tests of it are under way", "--timeout", "8", "--check", "sleep 60"
     )
     try:
         server.until("waiting")
