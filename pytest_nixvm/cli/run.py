@@ -125,19 +125,13 @@ def out_of_date(disk: KeptDisk, build: VmBuild) -> Iterator[str]:
             f"{build.name}'s disk was made of an older image: the system on it is that one's. "
             "--fresh begins anew, with the image as it is now."
         )
-    size, new = virtual_size(disk.path), _NEW_DISK.search(_script(build))
+    size = virtual_size(disk.path)
+    new = _NEW_DISK.search(build.start_script.read_text(errors="replace"))
     if size is not None and new is not None and size != int(new[1]) << 20:
         yield (
             f"{build.name}'s disk is that of earlier runs and has {size >> 20} MiB, not the "
             f"{new[1]} MiB of virtualisation.diskSize. --fresh begins anew."
         )
-
-
-def _script(build: VmBuild) -> str:
-    try:
-        return build.start_script.read_text(errors="replace")
-    except OSError:
-        return ""  # who starts it says so
 
 
 def hold_image(disk: KeptDisk, build: VmBuild, nix: Nix, *, fresh: bool) -> None:

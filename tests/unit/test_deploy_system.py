@@ -1,4 +1,4 @@
-"""A system that is copied to a host, by a nix that says what it was asked."""
+"""A system that is copied to a host: by a nix that says what it was asked, if there is room."""
 
 import shutil
 from types import SimpleNamespace
