@@ -165,13 +165,14 @@ class Monitor:
         except ConnectError as error:
             connection.close()
             if isinstance(error.exc, (EOFError, ConnectionError)):
-                # QEMU sends its greeting before it has built the machine, and may still fail.
-                # Its end will be reported in a moment, with the status.
-                await asyncio.sleep(2)
-                raise MachineGoneError(
-                    f"{self.name}: QEMU closed its monitor while it started."
-                ) from None
+                raise await self._closed_early() from None
             raise QmpError(f"{self.name}: the monitor does not speak QMP: {error}") from error
+        except AssertionError:
+            # The library's own, where the connection ends in the moment in which it is made.
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+            connection.close()
+            raise await self._closed_early() from None
         except BaseException:
             connection.close()
             raise
@@ -182,7 +183,21 @@ class Monitor:
                 number: Any = greeting.QMP.version["qemu"]
                 self.version = (number["major"], number["minor"], number["micro"])
         # Up is the first command that answers.
-        await self._client.execute("query-status")
+        try:
+            await self._client.execute("query-status")
+        except (QMPError, EOFError, OSError) as error:
+            if self._client.runstate == Runstate.RUNNING:
+                raise QmpError(f"{self.name}: QEMU's monitor: {error}") from error
+            raise await self._closed_early() from None
+
+    async def _closed_early(self) -> MachineGoneError:
+        """Return the error for a QEMU that closes its monitor while it starts.
+
+        It sends its greeting before it has built the machine, and may still fail. Its end will be
+        reported in a moment, with the status: `_connect` waits for that as well.
+        """
+        await asyncio.sleep(2)
+        return MachineGoneError(f"{self.name}: QEMU closed its monitor while it started.")
 
     async def _watch(self) -> None:
         """Wait for the connection's end, and take the library's own tasks to theirs.

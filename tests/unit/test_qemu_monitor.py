@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import Runstate
 
 from pytest_nixvm.errors import MachineGoneError, QmpError
 from pytest_nixvm.qemu.loop import IoThread
@@ -180,6 +182,36 @@ def test_a_peer_that_greets_and_dies(
     process.kill()
     with pytest.raises(MachineGoneError, match="QEMU ended before its monitor answered"):
         connecting.result(10)
+
+
+@pytest.mark.parametrize("when", ["before the first command", "while that runs"])
+def test_a_peer_that_dies_when_it_has_come_up(
+    monitor: Monitor,
+    process: Process,
+    tmp_path: Path,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    client = monitor._client
+    establish = client._establish_session
+
+    async def and_end() -> None:
+        await establish()
+        while client.runstate == Runstate.RUNNING:  # until the peer's end is seen
+            await asyncio.sleep(0.01)
+
+    if when == "before the first command":
+        monkeypatch.setattr(client, "_establish_session", and_end)
+    peer = Peer(tmp_path / "qmp")
+    peer.send(GREETING)
+    connecting = pool.submit(monitor.connect, process, 30)
+    peer.answer(**{"return": {}})
+    if when == "while that runs":
+        assert peer.receive()["execute"] == "query-status"
+    peer.close()
+    with pytest.raises(MachineGoneError, match="QEMU closed its monitor while it started"):
+        connecting.result(20)
 
 
 @pytest.mark.parametrize("text", ["SSH-2.0-OpenSSH\n", "{}\n", '{"QMP": 1}\n'])
